@@ -1,0 +1,69 @@
+"""Trainer callbacks: steering once per optimiser step, the guard against non-finite energies, the progress bar."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+
+class SteeringCallback(TrainerCallback):
+    """Moves the strength of the energies towards the target relaxed_fraction, after each optimiser step."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.pc is not None:
+            self.trainer.pc.steer(self.trainer.reduce_sums)
+
+
+class NonFiniteGuard(TrainerCallback):
+    """Skips the update of a step whose free energy or gradient is not finite; saves and stops if that persists."""
+
+    def __init__(self, trainer: Any, patience: int) -> None:
+        self.trainer = trainer
+        self.patience = patience
+        self.in_a_row = 0
+        self._node: str | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.in_a_row, self._node = 0, None
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._node = self._node or self.trainer.nonfinite_node
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        node = self._node or self.trainer.nonfinite_node
+        self._node = None
+        anywhere = self.trainer.reduce_sums(torch.tensor([float(node is not None)], dtype=torch.float64))
+        if not anywhere.item():
+            self.in_a_row = 0
+            return
+        for parameter in model.parameters():
+            parameter.grad = None
+        self.in_a_row += 1
+        where = node or "another process's node"
+        logger.warning("step %d: the free energy of node %r is not finite; no update", state.global_step + 1, where)
+        if self.in_a_row >= self.patience:
+            self.trainer.stopped_by = where
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.trainer.stopped_by is not None:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+class PCProgressCallback(ProgressCallback):
+    """transformers' progress bar, with loss and free energy behind it instead of a line per log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is None or not state.is_world_process_zero or not logs:
+            return
+        shown = {name: f"{logs[name]:.3f}" for name in ("loss", "free_energy", "eval_loss") if name in logs}
+        if shown:
+            self.training_bar.set_postfix(shown)

@@ -1,0 +1,218 @@
+"""What a user chooses: `PCConfig`, `NodeSpec`, and their JSON file `pc_config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_pc.registry import nearest
+
+PC_CONFIG_NAME = "pc_config.json"
+DEFAULT_RELAXED_FRACTION = 0.03
+DROPOUT_POLICIES = ("replay", "off")
+
+
+def _check_positive(owner: str, name: str, value: object, *, upper: float = math.inf) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not 0 < value < upper:  # type: ignore[operator,arg-type]
+        allowed = "a number above 0" if upper == math.inf else f"a number between 0 and {upper:g}, both excluded"
+        raise ValueError(f"{owner}.{name}={value!r} is not allowed: {allowed} is needed")
+
+
+def _check_known(owner: str, given: dict[str, Any], cls: type) -> None:
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{owner} has no field {key!r}; the nearest names are {nearest(str(key), known)}")
+
+
+def _check_string(owner: str, name: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{owner}.{name}={value!r} is not allowed: a non-empty string is needed")
+
+
+@dataclass(frozen=True)
+class NodeSpec:
+    """One rule of placement: modules whose name matches `pattern` become nodes.
+
+    Args:
+        pattern: as PEFT's `target_modules`: a module's full name, the end of it after a dot ("mlp.down_proj"), or
+            a regular expression that matches the whole name.
+        energy: the name of a registered energy; None takes `PCConfig.energy`.
+        precision: 1 / sigma^2 of this node's energy; None takes the strength of the PCConfig.
+
+    Raises:
+        ValueError: a field is out of range; the message names it.
+    """
+
+    pattern: str
+    energy: str | None = None
+    precision: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_string("NodeSpec", "pattern", self.pattern)
+        if self.energy is not None:
+            _check_string("NodeSpec", "energy", self.energy)
+        if self.precision is not None:
+            _check_positive("NodeSpec", "precision", self.precision)
+
+    @classmethod
+    def parse(cls, value: object) -> NodeSpec:
+        """A NodeSpec from itself, a pattern, or its dictionary."""
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        if isinstance(value, dict):
+            _check_known("NodeSpec", value, cls)
+            if "pattern" not in value:
+                raise ValueError(f"NodeSpec {value!r} lacks the field 'pattern'")
+            return cls(**value)
+        raise ValueError(f"PCConfig.nodes holds {value!r}: a pattern, a NodeSpec or its dictionary is needed")
+
+
+@dataclass
+class PCConfig:
+    """How a model is relaxed and learns (Pinchetti et al. 2022, arXiv 2211.03481).
+
+    Exactly one of `precision`, `relative_std` and `relaxed_fraction` says how strongly errors are penalised; with
+    none given, `relaxed_fraction` is 0.03.
+
+    Args:
+        nodes: a preset ("block", "sublayer", "linear"), a pattern, or a list of patterns and `NodeSpec`s.
+        energy: the energy of internal nodes, the name of a registered energy.
+        precision: 1 / sigma^2, the same for every node.
+        relative_std: sigma as a multiple of the RMS over features of each token's prediction.
+        relaxed_fraction: a target for the share of the output error that relaxation changes. A controller steers
+            `relative_std` to hold it, once per optimiser step.
+        solver: the name of a registered solver.
+        sweeps: passes over the network per step, T >= 1, the learning pass included. T = 1 is backprop.
+        step_size: "auto" (each sequence's free energy never rises) or a number in units of 1/precision.
+        tolerance: a sequence whose residual is under this stops relaxing; 0 never stops early.
+        dropout: "replay" (each sweep of a step sees the same mask) or "off" (no dropout while training by PC).
+
+    Raises:
+        ValueError: an unknown name, an impossible combination or a value out of range; the message names the
+            field, its value and what is allowed.
+    """
+
+    nodes: str | list[NodeSpec] = field(
+        default="block", metadata={"help": "Preset (block, sublayer, linear) or pattern; several separated by commas."}
+    )
+    energy: str = field(default="gaussian", metadata={"help": "Energy of internal nodes."})
+    precision: float | None = field(default=None, metadata={"help": "Fixed 1/sigma^2 of every node."})
+    relative_std: float | None = field(
+        default=None, metadata={"help": "sigma as a multiple of each token's prediction RMS."}
+    )
+    relaxed_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Target share of the output error that relaxation changes; steers relative_std."},
+    )
+    solver: str = field(default="error", metadata={"help": "How the errors relax."})
+    sweeps: int = field(default=3, metadata={"help": "Passes per step, the learning pass included; 1 is backprop."})
+    step_size: str | float | None = field(
+        default="auto", metadata={"help": '"auto" or a number, units of 1/precision.'}
+    )
+    tolerance: float = field(default=0.0, metadata={"help": "Residual under which a sequence stops relaxing."})
+    dropout: Literal["replay", "off"] = field(
+        default="replay", metadata={"help": "Same mask in every sweep of a step, or no dropout."}
+    )
+
+    def __post_init__(self) -> None:
+        from hf_pc.energies import ENERGIES
+        from hf_pc.solvers import SOLVERS
+
+        self._normalise_nodes()
+        for name, registry in (("energy", ENERGIES), ("solver", SOLVERS)):
+            value = getattr(self, name)
+            _check_string("PCConfig", name, value)
+            if value not in registry:
+                allowed = ", ".join(map(repr, registry.names()))
+                raise ValueError(f"PCConfig.{name}={value!r} is unknown; allowed: {allowed}")
+        strengths = {n: getattr(self, n) for n in ("precision", "relative_std", "relaxed_fraction")}
+        given = {n: v for n, v in strengths.items() if v is not None}
+        if len(given) > 1:
+            both = " and ".join(f"{n}={v!r}" for n, v in given.items())
+            raise ValueError(
+                f"PCConfig.{both} exclude each other: give one of precision, relative_std, relaxed_fraction"
+            )
+        if not given:
+            self.relaxed_fraction = DEFAULT_RELAXED_FRACTION
+        for name, value in given.items():
+            _check_positive("PCConfig", name, value, upper=1.0 if name == "relaxed_fraction" else math.inf)
+        if not isinstance(self.sweeps, int) or isinstance(self.sweeps, bool) or self.sweeps < 1:
+            raise ValueError(f"PCConfig.sweeps={self.sweeps!r} is not allowed: a whole number of at least 1 is needed")
+        self._normalise_step_size()
+        tolerance_ok = isinstance(self.tolerance, (int, float)) and not isinstance(self.tolerance, bool)
+        if not tolerance_ok or not 0 <= self.tolerance < 1:
+            raise ValueError(f"PCConfig.tolerance={self.tolerance!r} is not allowed: 0 <= tolerance < 1 is needed")
+        if self.dropout not in DROPOUT_POLICIES:
+            raise ValueError(f"PCConfig.dropout={self.dropout!r} is unknown; allowed: {DROPOUT_POLICIES}")
+
+    def _normalise_nodes(self) -> None:
+        if isinstance(self.nodes, str):
+            _check_string("PCConfig", "nodes", self.nodes)
+            if "," in self.nodes:
+                self.nodes = [NodeSpec.parse(part.strip()) for part in self.nodes.split(",")]
+        elif isinstance(self.nodes, (list, tuple)) and self.nodes:
+            self.nodes = [NodeSpec.parse(part) for part in self.nodes]
+        else:
+            raise ValueError(f"PCConfig.nodes={self.nodes!r} is not allowed: a preset, a pattern or a list is needed")
+
+    def _normalise_step_size(self) -> None:
+        if isinstance(self.step_size, str) and self.step_size != "auto":
+            try:
+                self.step_size = float(self.step_size)  # a command line gives text
+            except ValueError:
+                raise ValueError(
+                    f"PCConfig.step_size={self.step_size!r}: 'auto' or a number above 0 is needed"
+                ) from None
+        if self.step_size != "auto":
+            _check_positive("PCConfig", "step_size", self.step_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; `from_dict` gives the same configuration back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PCConfig:
+        """The inverse of `to_dict`. Raises ValueError on anything malformed."""
+        if not isinstance(values, dict):
+            raise ValueError(f"a PCConfig is made from a JSON object, not from {type(values).__name__}")
+        _check_known("PCConfig", values, cls)
+        return cls(**values)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `pc_config.json` into `folder` and return its path."""
+        path = Path(folder) / PC_CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        partial.replace(path)
+        return path
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | os.PathLike[str], **hub_kwargs: Any) -> PCConfig:
+        """Read `pc_config.json` from a folder or a Hub repository.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is malformed.
+        """
+        from transformers.utils.hub import cached_file
+
+        found = cached_file(
+            str(path_or_repo), PC_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs
+        )
+        if found is None:
+            raise FileNotFoundError(f"{path_or_repo} holds no {PC_CONFIG_NAME}: it was not saved by hf_pc")
+        try:
+            values = json.loads(Path(found).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{found} is not a JSON file: {error}") from error
+        return cls.from_dict(values)

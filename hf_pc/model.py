@@ -1,0 +1,328 @@
+"""`PCModel`: attaches PC nodes to a Hugging Face model, relaxes batches, saves and loads.
+
+The wrapper holds the model and is no nn.Module itself: class, configuration, parameters and checkpoints stay those
+of transformers, and a detached or merely evaluated model computes bit for bit what it did before.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_pc.config import PCConfig
+from hf_pc.node import LEARN, RELAX, Node
+from hf_pc.output import CategoricalOutput, auxiliary_loss
+from hf_pc.placement import resolve
+from hf_pc.relaxation import Relaxation, add_sums, regime, relaxed_fraction, summary
+from hf_pc.rng import RandomState
+from hf_pc.solvers import SOLVERS
+
+_ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+INITIAL_RELATIVE_STD = 0.2
+STEERING_GAIN, STEERING_LIMIT = 0.5, 0.7
+
+
+@dataclass(frozen=True)
+class RelaxationOutput:
+    """Where a relaxation ended, as its last sweep met it.
+
+    Attributes:
+        free_energy: F, nats per label token.
+        energies: of each node, and of the "output", nats per label token.
+        residual: |dF/de| / |g|, mean over sequences; 1 before the first move, 0 at equilibrium.
+        relaxed_fraction: share of the output error that relaxation changed.
+        displacement: |e| / |mu| of each node.
+        sweeps: passes run.
+        refused: share of the moves of single sequences that were refused.
+        states: x = mu + e of each node, shaped as its output.
+        errors: e of each node, float32 or wider.
+        sequence_free_energy: F of each sequence, nats, [batch].
+    """
+
+    free_energy: float
+    energies: dict[str, float]
+    residual: float
+    relaxed_fraction: float
+    displacement: dict[str, float]
+    sweeps: int
+    refused: float
+    states: dict[str, Tensor]
+    errors: dict[str, Tensor]
+    sequence_free_energy: Tensor
+
+    @property
+    def regime(self) -> str:
+        return regime(self.relaxed_fraction, self.residual)
+
+
+class PCModel:
+    """A Hugging Face model whose blocks are PC nodes.
+
+    Args:
+        model: any transformers or PEFT model; modified only by forward hooks, which `detach` removes.
+        config: what to attach and how to relax; None takes the defaults.
+
+    Raises:
+        ValueError: the configuration does not fit the model, or the model has nodes already.
+    """
+
+    def __init__(self, model: nn.Module, config: PCConfig | None = None) -> None:
+        self.model = model
+        self.config = config or PCConfig()
+        self.nodes: list[Node] = resolve(model, self.config)
+        self.output = CategoricalOutput.of(model)
+        self.solver = SOLVERS[self.config.solver](
+            self.config.sweeps, self.config.step_size or "auto", self.config.tolerance
+        )
+        self.relative_std = self.config.relative_std or INITIAL_RELATIVE_STD
+        self.relaxation: Relaxation | None = None
+        self._random: RandomState | None = None
+        self._confirm: Callable[[Tensor], bool] | None = None
+        self._steering: dict[str, Tensor] = {}
+        self._keep_states = False
+        self._states: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+        self.attach()
+
+    def attach(self) -> None:
+        """Put the nodes onto the model. Raises ValueError if some PCModel is attached to it already."""
+        if self.model in _ATTACHED:
+            raise ValueError(
+                f"{type(self.model).__name__} has PC nodes already: detach() the PCModel that put them there"
+            )
+        self._handles = [node.attach(self._visit) for node in self.nodes]
+        _ATTACHED.add(self.model)
+
+    def detach(self) -> None:
+        """Remove the nodes; the model is what it was. Does nothing if they are gone already."""
+        for handle in self._handles:
+            handle.remove()
+        if self._handles:
+            _ATTACHED.discard(self.model)
+        self._handles = []
+
+    def _visit(self, node: Node, mu: Tensor) -> Tensor | None:
+        if self.relaxation is None:
+            return None
+        state = self.relaxation.visit(node, mu)
+        if self._keep_states:
+            self._states[node.name] = state.detach()
+        return state
+
+    def _pass(self, forward: Callable[..., Any], batch: Mapping[str, Any], labels: Tensor) -> tuple[Any, Tensor]:
+        """One forward pass at the current errors: the model's output and the output energy, nats, [batch]."""
+        assert self._random is not None
+        self._random.restore()
+        outputs = forward(**batch)
+        energy = self.output.energy(outputs["logits"], labels)
+        assert self.relaxation is not None
+        self.relaxation.note_output(energy)
+        return outputs, energy
+
+    @contextmanager
+    def relaxed(self, inputs: Mapping[str, Any]) -> Iterator[Relaxation]:
+        """Relax the errors to a batch; inside the context, `learning_pass` is the last sweep.
+
+        Weights do not require grad while the errors relax, so nothing is computed or kept for them. However the
+        context is left, the model evaluates as before and its parameters require grad as before.
+        """
+        if not self._handles:
+            raise RuntimeError("this PCModel is detached: attach() it first")
+        if self.relaxation is not None:
+            raise RuntimeError("this PCModel is relaxing a batch already: one batch at a time")
+        batch, labels = self._split(inputs)
+        count = labels.ne(-100).sum()
+        fixed = self.config.precision
+        self.relaxation = Relaxation(len(labels), count, fixed, self.relative_std)
+        self._random = RandomState(p.device for p in self.model.parameters())
+        try:
+            with self._dropout():
+                with self._frozen():
+                    self._confirm = self.solver.relax(
+                        self.relaxation, lambda: self._pass(self.model, batch, labels)[1]
+                    )
+                yield self.relaxation
+        finally:
+            self.relaxation = self._random = self._confirm = None
+            self._states = {}
+
+    def learning_pass(
+        self, inputs: Mapping[str, Any], forward: Callable[..., Any] | None = None, mode: str = LEARN
+    ) -> tuple[Tensor, Any]:
+        """The last sweep's forward pass: the summed output energy, nats, to divide and call `backward()` on.
+
+        Args:
+            inputs: the batch that `relaxed` was given.
+            forward: what to call instead of the model, such as its distributed wrapper.
+        """
+        assert self.relaxation is not None
+        assert self._confirm is not None
+        batch, labels = self._split(inputs)
+        self.relaxation.begin(mode)
+        outputs, energy = self._pass(forward or self.model, batch, labels)
+        if not self._confirm(energy):
+            del outputs
+            self.relaxation.begin(mode)
+            outputs, energy = self._pass(forward or self.model, batch, labels)
+        return self.relaxation.loss(energy), outputs
+
+    def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+        batch, labels = self.output.split(inputs)
+        if getattr(getattr(self.model, "config", None), "use_cache", False):
+            batch.setdefault("use_cache", False)
+        return batch, labels
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    @contextmanager
+    def _dropout(self) -> Iterator[None]:
+        if self.config.dropout == "replay":
+            yield
+            return
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def relax(self, **inputs: Any) -> RelaxationOutput:
+        """Relax to a batch and report where the states are; weights and gradients stay untouched.
+
+        Args:
+            inputs: what the model's forward takes, with labels ([batch, sequence], -100 ignored).
+        """
+        return self._run(inputs, RELAX, None)
+
+    def accumulate_grad(self, *, num_items_in_batch: Tensor | int | None = None, **inputs: Any) -> RelaxationOutput:
+        """Relax to a batch, then add every weight's local gradient to its `.grad`.
+
+        Args:
+            num_items_in_batch: label tokens that the gradient is a mean over; None counts this batch's. Give the
+                total where several batches make one optimiser step.
+            inputs: what the model's forward takes, with labels.
+        """
+        return self._run(inputs, LEARN, num_items_in_batch)
+
+    def _run(self, inputs: Mapping[str, Any], mode: str, items: Tensor | int | None) -> RelaxationOutput:
+        self.output.count(self.output.split(inputs)[1])
+        self._keep_states = True
+        try:
+            with self.relaxed(inputs) as relaxation:
+                if mode == RELAX:
+                    with self._frozen():
+                        loss, _ = self.learning_pass(inputs, mode=RELAX)
+                        torch.autograd.grad(loss, relaxation.errors, allow_unused=True)
+                else:
+                    loss, outputs = self.learning_pass(inputs)
+                    divisor = relaxation.tokens if items is None else items
+                    torch.autograd.backward(loss / divisor + auxiliary_loss(self.model, outputs))
+                    self.observe(relaxation)
+                facts = summary(relaxation.sums())
+                facts["sweeps"] = relaxation.sweeps
+                return RelaxationOutput(
+                    **facts,
+                    states=self._states,
+                    errors={site.label: site.error.detach() for site in relaxation.sites},
+                    sequence_free_energy=relaxation.free_energy(),
+                )
+        finally:
+            self._keep_states = False
+
+    def observe(self, relaxation: Relaxation) -> dict[str, Tensor]:
+        """Note a learned batch for `steer`, and return its measurements as sums."""
+        sums = relaxation.sums()
+        add_sums(self._steering, {name: sums[name] for name in ("change", "reference")})
+        return sums
+
+    def steer(self, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> None:
+        """Hold `relaxed_fraction` at its target; call once per optimiser step, after its batches.
+
+        The fraction grows as relative_std squared while it is small, so half the logarithm of what is missing is
+        the step that would close the gap; it is damped and bounded. Does nothing without a target or at T = 1.
+
+        Args:
+            reduce: sums a tensor over processes.
+        """
+        target, seen = self.config.relaxed_fraction, self._steering
+        self._steering = {}
+        if target is None or self.config.sweeps == 1 or not seen:
+            return
+        change, reference = reduce(torch.stack([seen["change"], seen["reference"]])).unbind()
+        measured = relaxed_fraction({"change": change, "reference": reference})
+        if not math.isfinite(measured):
+            return
+        step = 0.5 * STEERING_GAIN * math.log(target / max(measured, 1e-6 * target))
+        self.relative_std *= math.exp(max(-STEERING_LIMIT, min(STEERING_LIMIT, step)))
+
+    def state_dict(self) -> dict[str, float]:
+        """What steering has learned, for an exact resume."""
+        return {"relative_std": self.relative_std}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`. Raises ValueError on anything else."""
+        value = state.get("relative_std") if isinstance(state, Mapping) else None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"relative_std={value!r} is not allowed: a number above 0 is needed")
+        self.relative_std = float(value)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write the model as transformers does, and `pc_config.json` beside it."""
+        self.model.save_pretrained(folder, **kwargs)  # type: ignore[operator]
+        self.config.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | os.PathLike[str],
+        auto_class: Any = None,
+        config: PCConfig | None = None,
+        **kwargs: Any,
+    ) -> PCModel:
+        """Load weights with `auto_class.from_pretrained` and attach the nodes of its `pc_config.json`.
+
+        Args:
+            path_or_repo: a folder or a Hub repository.
+            auto_class: such as AutoModelForCausalLM, the default.
+            config: used instead of `pc_config.json`.
+            kwargs: for `auto_class.from_pretrained`; revision, token, cache_dir and subfolder go to both.
+        """
+        from transformers import AutoModelForCausalLM
+
+        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder") if k in kwargs}
+        config = config or PCConfig.from_pretrained(path_or_repo, **hub)
+        return cls((auto_class or AutoModelForCausalLM).from_pretrained(path_or_repo, **kwargs), config)
+
+    def push_to_hub(
+        self, repo_id: str, *, commit_message: str = "Upload model", private: bool | None = None,
+        token: str | None = None, revision: str | None = None,
+    ) -> Any:  # fmt: skip
+        """Create the repository if needed and upload the model with `pc_config.json`; returns the commit's info."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return api.upload_folder(
+                repo_id=repo.repo_id, folder_path=folder, commit_message=commit_message, revision=revision
+            )

@@ -1,0 +1,150 @@
+"""The PC node: one autograd function that carries the method, and the hook that puts it into a module.
+
+In error coordinates a node's state is x = mu + e, mu being what its module computes. The node replaces the module's
+output mu by x; its backward receives g = d(everything above)/dx and
+
+- hands the error its free energy gradient, dE/dx + g;
+- relaxing: sends down dF/dmu at fixed e, so that the errors of the nodes below get the gradient of F too;
+- learning: takes the sweep's last step, e' = e - step * (dE/dx + g), and sends down dE/dmu(mu + e', mu), the signal
+  of the node's own energy. The weights below learn from it, and it alone reaches them.
+
+For a Gaussian node both signals are -p e' = g when the step is 1/p: from zero errors that is backprop (arXiv
+2211.03481, eq. 5; Goemaere et al., arXiv 2505.20137, for the error coordinates).
+
+A loss that is scaled between the output energy and `backward()` (division by the token count, mixed precision,
+data parallel averaging) scales g too. `LossScale` reads that factor off the backward pass, so that an energy and the
+g it is compared with are always in the same units, nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_pc.energies import Energy, relative_precision, wide
+
+RELAX, LEARN = "relax", "learn"
+
+
+class Node:
+    """A module whose output is a PC node.
+
+    Args:
+        name: the module's name in the model.
+        module: the module itself.
+        energy: the divergence between the node's state and its prediction.
+        precision: 1 / sigma^2 for this node alone; None leaves it to the configuration.
+    """
+
+    def __init__(self, name: str, module: nn.Module, energy: Energy, precision: float | None = None) -> None:
+        self.name = name
+        self.module = module
+        self.energy = energy
+        self.precision = precision
+
+    def attach(self, visit: Callable[[Node, Tensor], Tensor | None]) -> Any:
+        """Let `visit(node, mu)` replace the module's output; None leaves it as it is. Returns the hook's handle."""
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            mu = output[0] if isinstance(output, (tuple, list)) and output else output
+            if not isinstance(mu, Tensor):
+                raise TypeError(
+                    f"node {self.name!r} ({type(module).__name__}) returns {type(output).__name__}, which holds no "
+                    "tensor first: choose a module that returns a tensor or a tuple that begins with one"
+                )
+            state = visit(self, mu)
+            if state is None:
+                return None
+            return state if output is mu else type(output)((state, *output[1:]))
+
+        return self.module.register_forward_hook(hook)
+
+
+class Site:
+    """One firing of a node in one batch: its error, and what the passes measure there.
+
+    A module that runs several times in one pass (shared layers) has as many sites. Sums are per sequence, [batch],
+    float64: `energy` in nats, `error_square` and `prediction_square` sums of squares; `gradient_square` and
+    `signal_square` are |dF/de|^2 and |g|^2 in units of 1/p.
+    """
+
+    def __init__(
+        self, node: Node, label: str, mu: Tensor, relative_std: float | None, precision: float | None
+    ) -> None:
+        self.node = node
+        self.label = label
+        self.shape = mu.shape
+        device = mu.device.type
+        #: what the module computes in; a residual stream stays float32 under autocast
+        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else mu.dtype
+        self.error = torch.zeros_like(wide(mu), requires_grad=True)
+        fixed = node.precision if node.precision is not None else precision
+        if fixed is not None:
+            self.precision = torch.full((), fixed, dtype=self.error.dtype, device=mu.device)
+        else:
+            assert relative_std is not None
+            self.precision = relative_precision(mu, relative_std)
+        self.energy: Tensor
+        self.error_square: Tensor
+        self.prediction_square: Tensor
+        self.gradient_square: Tensor
+        self.signal_square: Tensor
+        self.signal: Tensor | None = None  # g in nats, of the passes that keep it
+
+    def per_sequence(self, values: Tensor, batch: int) -> Tensor:
+        """Sums over all but the batch, [batch], float64. `values` has the state's leading dimensions."""
+        return values.reshape(batch, -1).sum(1, dtype=torch.float64)
+
+
+class LossScale(torch.autograd.Function):
+    """Identity on the summed output energy; its backward notes d(loss)/d(energy) for the nodes below."""
+
+    @staticmethod
+    def forward(ctx: Any, energy: Tensor, note: Callable[[Tensor], None]) -> Tensor:
+        ctx.note = note
+        return energy.view_as(energy)
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.note(scale.detach())
+        return scale, None
+
+
+class NodeFunction(torch.autograd.Function):
+    """x = mu + e forwards; the module docstring says what goes backwards. Errors stay in float32 or wider."""
+
+    @staticmethod
+    def forward(ctx: Any, mu: Tensor, error: Tensor, site: Site, sweep: Any) -> Tensor:
+        ctx.site, ctx.sweep = site, sweep
+        ctx.dtype = mu.dtype
+        if site.node.energy.uses_prediction:
+            ctx.save_for_backward(error, mu)
+        else:
+            ctx.save_for_backward(error)
+        return (wide(mu) + error).to(mu.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        site, sweep = ctx.site, ctx.sweep
+        error, *rest = ctx.saved_tensors
+        mu = wide(rest[0]) if rest else None
+        energy: Energy = site.node.energy
+        signal = wide(g) / sweep.scale
+        own = energy.grad_state(error, mu, site.precision)
+        gradient = own + signal
+        sweep.measure(site, signal, gradient)
+        if sweep.mode == RELAX:
+            down = signal if mu is None else gradient + energy.grad_prediction(error, mu, site.precision)
+        else:
+            target = error - sweep.step_size * gradient / site.precision
+            down = energy.grad_prediction(target, mu, site.precision)
+        needs_mu = ctx.needs_input_grad[0]
+        return (
+            (down * sweep.scale).to(ctx.dtype) if needs_mu else None,
+            gradient if sweep.mode == RELAX else None,
+            None,
+            None,
+        )

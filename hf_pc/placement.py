@@ -1,0 +1,153 @@
+"""Which modules of a model become PC nodes: presets found by structure, and patterns.
+
+A block is what transformers marks with `GradientCheckpointingLayer`; a model without that marker is searched for its
+longest list of equal modules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from hf_pc.config import NodeSpec, PCConfig
+from hf_pc.energies import ENERGIES
+from hf_pc.node import Node
+from hf_pc.registry import Registry, nearest
+
+Placement = Callable[[nn.Module], dict[str, nn.Module]]
+PLACEMENTS: Registry[Placement] = Registry("nodes")
+register_placement = PLACEMENTS.register
+
+
+def _inside(name: str, outer: str) -> bool:
+    return name.startswith(outer + ".") if outer else name != ""
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The transformer blocks of a model by name, in the order of its modules; empty if it has none."""
+    marked: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer) and not any(_inside(name, outer) for outer in marked):
+            marked[name] = module
+    return marked or _longest_list(model)
+
+
+def _longest_list(model: nn.Module) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > max(1, len(found)) and len(set(map(type, module))) == 1:
+            found = {f"{name}.{i}": child for i, child in enumerate(module)}
+    return found
+
+
+def _linear_like(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "base_layer")  # the latter: a PEFT layer
+
+
+def _linears(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        if _linear_like(child):
+            yield path, child
+        else:
+            yield from _linears(child, path)
+
+
+@register_placement("block")
+def _block(model: nn.Module) -> dict[str, nn.Module]:
+    """The residual stream after each transformer block."""
+    return blocks(model)
+
+
+@register_placement("sublayer")
+def _sublayer(model: nn.Module) -> dict[str, nn.Module]:
+    """Attention and MLP branches: a block's composite children, or the last of its bare linear maps."""
+    found: dict[str, nn.Module] = {}
+    for name, block in blocks(model).items():
+        bare: dict[str, nn.Module] = {}
+        for path, child in _branches(block, name):
+            if _linear_like(child):
+                bare = {path: child}
+            elif dict(_linears(child, path)):
+                found[path] = child
+        found.update(bare)
+    return found
+
+
+def _branches(block: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in block.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from _branches(child, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}", child
+
+
+@register_placement("linear")
+def _linear(model: nn.Module) -> dict[str, nn.Module]:
+    """The paper's: every linear map inside the blocks, and those of the head but its last, which is the output."""
+    inside: dict[str, nn.Module] = {}
+    for name, block in blocks(model).items():
+        inside.update(_linears(block, name))
+    for name, head in model.named_children():
+        if any(_inside(path, name) for path in inside) or _linear_like(head):
+            continue
+        inside.update(list(_linears(head, name))[:-1])
+    return inside
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if name == pattern or name.endswith("." + pattern):
+        return True
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error:
+        return False
+
+
+def _by_pattern(model: nn.Module, pattern: str, presets: bool) -> dict[str, nn.Module]:
+    names = dict(model.named_modules())
+    found = {name: module for name, module in names.items() if name and _matches(pattern, name)}
+    if not found:
+        ends = {name.rsplit(".", 1)[-1] for name in names} | set(names)
+        kind = (
+            f"neither a preset ({', '.join(PLACEMENTS.names())}) nor a pattern that" if presets else "a pattern that"
+        )
+        verb = "matches a module" if presets else "matches no module"
+        raise ValueError(
+            f"nodes={pattern!r} is {kind} {verb} of {type(model).__name__}; the nearest names are "
+            f"{nearest(pattern, ends - {''})}"
+        )
+    return found
+
+
+def resolve(model: nn.Module, config: PCConfig) -> list[Node]:
+    """The nodes that a configuration puts on a model, in the order of its modules.
+
+    Raises:
+        ValueError: a pattern matches nothing, a preset finds nothing, or two rules hit one module.
+    """
+    chosen: dict[str, Node] = {}
+    if isinstance(config.nodes, str) and config.nodes in PLACEMENTS:
+        found = PLACEMENTS[config.nodes](model)
+        if not found:
+            raise ValueError(
+                f"nodes={config.nodes!r} finds no transformer block in {type(model).__name__}: give patterns, such as "
+                "nodes=['layers.0', 'layers.1']"
+            )
+        rules = [(NodeSpec(config.nodes), found)]
+    else:
+        specs = [NodeSpec(config.nodes)] if isinstance(config.nodes, str) else config.nodes
+        alone = isinstance(config.nodes, str)
+        rules = [(spec, _by_pattern(model, spec.pattern, presets=alone)) for spec in specs]
+    for spec, found in rules:
+        for name, module in found.items():
+            if name in chosen:
+                raise ValueError(f"module {name!r} matches {spec.pattern!r} and another of the nodes: one rule each")
+            energy = ENERGIES[spec.energy or config.energy]()
+            chosen[name] = Node(name, module, energy, spec.precision)
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(chosen.values(), key=lambda node: order[node.name])

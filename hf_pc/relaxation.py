@@ -1,0 +1,219 @@
+"""The relaxation of one batch: its sites, and what each pass over the network measures.
+
+All sums are kept per sequence while a batch relaxes, since the sequences of a batch are independent, and added up
+once at the end. Nothing is divided by a number of tokens here: `summary` reports nats per token, and the training
+loss is divided once, by whoever knows how many tokens the whole optimiser step has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_pc.node import RELAX, LossScale, Node, NodeFunction, Site
+
+FEEDFORWARD_LABEL = "output"
+
+
+class Relaxation:
+    """States and errors of one batch.
+
+    Args:
+        batch: number of sequences.
+        tokens: number of label tokens, a scalar tensor.
+        precision: the precision of every node, or None for `relative_std`.
+        relative_std: sigma as a multiple of the RMS of each token's prediction.
+    """
+
+    def __init__(self, batch: int, tokens: Tensor, precision: float | None, relative_std: float | None) -> None:
+        self.batch = batch
+        self.tokens = tokens
+        self._strength = (relative_std, precision)
+        self.sites: list[Site] = []
+        self._of_node: dict[str, list[Site]] = {}
+        self._visits: dict[str, int] = {}
+        self.mode = RELAX
+        self.step_size = 1.0
+        self.scale: Tensor | float = 1.0
+        self.keep_signals = False
+        self.sweeps = 0
+        self.tried = 0
+        self.refused = torch.zeros((), dtype=torch.float64)
+        self.output_energy: Tensor | None = None  # [batch], of the last pass
+        self.feedforward_energy: Tensor | None = None  # [batch], of the first pass, where every error is zero
+        self._top_signal: Tensor | None = None  # g at the last node in the feedforward pass
+        self._change = self._reference = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def errors(self) -> list[Tensor]:
+        return [site.error for site in self.sites]
+
+    def note_output(self, energy: Tensor) -> None:
+        """Note a pass's output energy, nats, [batch]."""
+        self.output_energy = energy.detach()
+        if self._first_pass:
+            self.feedforward_energy = self.output_energy
+
+    def begin(self, mode: str) -> None:
+        """Start a pass in RELAX or LEARN mode."""
+        self.mode = mode
+        self.scale = 1.0
+        self._visits = {}
+        self.sweeps += 1
+
+    def visit(self, node: Node, mu: Tensor) -> Tensor:
+        """The state x = mu + e of the node that just computed `mu`; called by its hook."""
+        site = self._site(node, mu)
+        if self._first_pass:
+            site.energy = torch.zeros(self.batch, dtype=torch.float64, device=mu.device)
+            site.error_square = site.energy
+            site.prediction_square = site.per_sequence(mu.detach().double().square(), self.batch)
+        else:
+            error, prediction = site.error.detach(), mu.detach()
+            site.energy = site.per_sequence(node.energy.energy(error, prediction, site.precision), self.batch)
+            site.error_square = site.per_sequence(error.square(), self.batch)
+        site.signal_square = site.gradient_square = torch.zeros_like(site.energy)
+        return NodeFunction.apply(mu, site.error, site, self)  # type: ignore[no-any-return,no-untyped-call]
+
+    @property
+    def _first_pass(self) -> bool:
+        return self.sweeps == 1
+
+    def _site(self, node: Node, mu: Tensor) -> Site:
+        sites = self._of_node.setdefault(node.name, [])
+        visit = self._visits[node.name] = self._visits.get(node.name, -1) + 1
+        if self._first_pass and visit == len(sites):
+            if mu.numel() == 0 or len(mu) % self.batch:
+                raise ValueError(
+                    f"node {node.name!r} has an output of shape {tuple(mu.shape)}, whose first dimension is no "
+                    f"multiple of the batch size {self.batch}: only modules that keep sequences apart can be nodes"
+                )
+            label = f"{node.name}#{visit}" if visit else node.name
+            sites.append(Site(node, label, mu, *self._strength))
+            self.sites.append(sites[-1])
+        # activation checkpointing runs a module again in the backward pass: the same sites, from the start
+        site = sites[visit % len(sites)]
+        if site.shape != mu.shape:
+            raise RuntimeError(
+                f"node {node.name!r} computed shape {tuple(mu.shape)} after {tuple(site.shape)} in the same step: "
+                "the model's passes over one batch must agree"
+            )
+        return site
+
+    def measure(self, site: Site, signal: Tensor, gradient: Tensor) -> None:
+        """Called by the backward pass of each site with g and dF/de, in nats."""
+        site.signal_square = self._weighted_square(site, signal)
+        site.gradient_square = self._weighted_square(site, gradient)
+        if self.keep_signals:
+            site.signal = signal
+        if site is self.sites[-1]:
+            if self._top_signal is None:
+                self._top_signal = signal.detach()
+                self._reference = signal.square().sum(dtype=torch.float64)
+            else:
+                self._change = (signal - self._top_signal).square().sum(dtype=torch.float64)
+
+    def _weighted_square(self, site: Site, values: Tensor) -> Tensor:
+        return site.per_sequence((values.square() / site.precision).sum(-1), self.batch)
+
+    def loss(self, output_energy: Tensor) -> Tensor:
+        """The summed output energy as a scalar to scale and call `backward()` on in LEARN mode."""
+
+        def note(scale: Tensor) -> None:
+            self.scale = scale
+
+        return LossScale.apply(output_energy.sum(), note)  # type: ignore[no-any-return,no-untyped-call]
+
+    def free_energy(self) -> Tensor:
+        """F of each sequence at the last pass, nats, [batch], float64."""
+        assert self.output_energy is not None
+        total = self.output_energy.detach().double()
+        for site in self.sites:
+            total = total + site.energy.to(total.device)
+        return total
+
+    def residual(self) -> Tensor:
+        """|dF/de| / |g| of each sequence at the last pass, [batch]: 1 where it starts, 0 at equilibrium."""
+        gradient = sum((site.gradient_square for site in self.sites), torch.zeros((), dtype=torch.float64))
+        signal = sum((site.signal_square for site in self.sites), torch.zeros((), dtype=torch.float64))
+        return (gradient / signal.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+
+    def first_nonfinite(self) -> str | None:
+        """The first node, in the order of the forward pass, whose prediction or energy is not finite."""
+        for site in self.sites:
+            if not bool((site.energy + site.prediction_square).isfinite().all()):
+                return site.label
+        if self.output_energy is not None and not bool(self.output_energy.isfinite().all()):
+            return FEEDFORWARD_LABEL
+        return None
+
+    def sums(self) -> dict[str, Tensor]:
+        """What `summary` needs, as float64 scalars that add up over batches and processes."""
+        assert self.output_energy is not None
+        scalar: Callable[[Any], Tensor] = lambda value: torch.as_tensor(value, dtype=torch.float64)  # noqa: E731
+        sums = {
+            "tokens": self.tokens.double(),
+            "sequences": scalar(self.batch),
+            "batches": scalar(1),
+            "sweeps": scalar(self.sweeps),
+            "tried": scalar(self.tried),
+            "refused": self.refused,
+            "residual": self.residual().sum(),
+            "change": self._change,
+            "reference": self._reference,
+            "free_energy": self.free_energy().sum(),
+            f"energy/{FEEDFORWARD_LABEL}": self.output_energy.detach().double().sum(),
+        }
+        for site in self.sites:
+            sums[f"energy/{site.label}"] = site.energy.sum()
+            sums[f"error_square/{site.label}"] = site.error_square.sum()
+            sums[f"prediction_square/{site.label}"] = site.prediction_square.sum()
+        return {name: value.detach().cpu() for name, value in sums.items()}
+
+
+def add_sums(total: dict[str, Tensor], new: Mapping[str, Tensor]) -> None:
+    """Add `new` to `total` in place."""
+    for name, value in new.items():
+        total[name] = total[name] + value if name in total else value
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> float:
+    return float(numerator / denominator) if float(denominator) else 0.0
+
+
+def relaxed_fraction(sums: Mapping[str, Tensor]) -> float:
+    """|g_out(relaxed) - g_out(feedforward)| / |g_out(feedforward)|, g_out the signal that reaches the last node."""
+    return math.sqrt(_ratio(sums["change"], sums["reference"]))
+
+
+def summary(sums: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Means of summed measurements: energies in nats per label token, the rest without units."""
+    labels = [name.removeprefix("error_square/") for name in sums if name.startswith("error_square/")]
+    displacement = {
+        label: _ratio(sums[f"error_square/{label}"], sums[f"prediction_square/{label}"]) ** 0.5 for label in labels
+    }
+    return {
+        "free_energy": _ratio(sums["free_energy"], sums["tokens"]),
+        "energies": {
+            name.removeprefix("energy/"): _ratio(value, sums["tokens"])
+            for name, value in sums.items()
+            if name.startswith("energy/")
+        },
+        "residual": _ratio(sums["residual"], sums["sequences"]),
+        "relaxed_fraction": relaxed_fraction(sums),
+        "displacement": displacement,
+        "sweeps": _ratio(sums["sweeps"], sums["batches"]),
+        "refused": _ratio(sums["refused"], sums["tried"]),
+    }
+
+
+def regime(relaxed_fraction: float, residual: float) -> str:
+    """The name of a regime: "backprop-like" (relaxed_fraction under 0.02), "equilibrium" (residual under 0.05) or
+    "relaxing"."""
+    if relaxed_fraction < 0.02:
+        return "backprop-like"
+    return "equilibrium" if residual < 0.05 else "relaxing"

@@ -1,0 +1,279 @@
+"""`PCTrainer`: a transformers Trainer whose steps relax, then learn from local errors.
+
+Only what differs from backprop is here: a batch is relaxed before the Trainer's own `training_step`, whose forward
+and backward pass becomes the learning pass. Accumulation, clipping, schedulers, mixed precision, callbacks,
+checkpoints and gradient synchronisation stay the Trainer's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+from hf_pc.callbacks import NonFiniteGuard, PCProgressCallback, SteeringCallback
+from hf_pc.config import PCConfig
+from hf_pc.model import PCModel
+from hf_pc.output import IGNORED, CategoricalOutput, auxiliary_loss
+from hf_pc.placement import resolve
+from hf_pc.relaxation import add_sums, summary
+
+logger = logging.getLogger(__name__)
+STATE_NAME = "pc_state.json"
+_TrainerPart: Any = Trainer if TYPE_CHECKING else object
+
+
+class NonFiniteEnergyError(RuntimeError):
+    """The free energy stayed non-finite; the run stopped after saving a checkpoint."""
+
+
+@dataclass
+class PCTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments, and what only a PC run needs.
+
+    Args:
+        nonfinite_patience: optimiser steps in a row with a non-finite free energy after which the run saves a
+            checkpoint and stops. Each of these steps leaves the weights as they are.
+    """
+
+    nonfinite_patience: int = field(
+        default=3, metadata={"help": "Steps in a row with a non-finite free energy before the run stops."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nonfinite_patience < 1:
+            raise ValueError(f"nonfinite_patience={self.nonfinite_patience!r} is not allowed: at least 1 is needed")
+
+
+class TokenLossMixin(_TrainerPart):
+    """Loss per label token, right under accumulation, unequal label counts and in evaluation; for any Trainer.
+
+    Training loss is the sum over label tokens divided once by the tokens of the whole optimiser step; `eval_loss` is
+    a mean over all label tokens, and `eval_perplexity` its exponential. Both come from plain forward passes.
+    """
+
+    output: CategoricalOutput
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._refuse_unsupported()
+        self.output = CategoricalOutput.of(self.model)
+        self.model_accepts_loss_kwargs = True  # ask the Trainer to count label tokens, whatever the model's class
+        self._loss_shifts_labels = self.output.shifted
+        self._evaluated: list[Tensor] = []
+        self._nats = self._tokens = 0.0
+
+    def _refuse_unsupported(self) -> None:
+        args: TrainingArguments = self.args
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={args.label_smoothing_factor} is not supported: the output energy is the "
+                "cross-entropy of the labels; use 0"
+            )
+        if self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func is not supported: the output energy is computed from the logits")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The output energy, nats per label token of the optimiser step (of the batch, in evaluation)."""
+        labels = self.output.split(inputs)[1]
+        energy, outputs = self._output_energy(model, inputs)
+        if not model.training:  # [batch]; a learning pass hands over its sum
+            tokens = labels.ne(IGNORED).flatten(1).sum(1) if labels.dim() > 1 else labels.ne(IGNORED).long()
+            self._evaluated = [energy.detach().double(), tokens.to(energy.device).double()]
+        items = num_items_in_batch if num_items_in_batch is not None else labels.ne(IGNORED).sum()
+        if model.training and not items:
+            raise ValueError(f"every label of the batch is ignored ({IGNORED}): there is nothing to learn from")
+        loss = energy.sum() / max(items, 1) + auxiliary_loss(self.model, outputs)
+        if model.training and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _output_energy(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        batch, labels = self.output.split(inputs)
+        outputs = model(**batch)
+        return self.output.energy(outputs["logits"], labels), outputs
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self._evaluated = []
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        if self._evaluated:
+            nats, tokens = self.accelerator.gather_for_metrics(tuple(self._evaluated))
+            self._nats, self._tokens = self._nats + float(nats.sum()), self._tokens + float(tokens.sum())
+        return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._nats = self._tokens = 0.0
+        result = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if self._tokens:
+            loss = self._nats / self._tokens
+            result.metrics[f"{prefix}_loss"] = loss
+            result.metrics[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
+        return result
+
+
+class BackpropTrainer(TokenLossMixin, Trainer):
+    """The baseline: a stock Trainer with the same loss and the same evaluation as PCTrainer."""
+
+
+class PCTrainerMixin(TokenLossMixin):
+    """Predictive coding for any Trainer subclass: `class MyPCTrainer(PCTrainerMixin, MyTrainer)`.
+
+    Args:
+        pc_config: how to relax; None takes the defaults of PCConfig.
+        args, kwargs: the Trainer's own.
+
+    Raises:
+        ValueError: the configuration does not fit the model, or the Trainer's arguments ask for something that
+            predictive coding cannot do yet; raised before training starts.
+    """
+
+    def __init__(self, *args: Any, pc_config: PCConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pc_config = pc_config or PCConfig()
+        resolve(self.model, self.pc_config)  # complain now; hooks are attached when training starts
+        self.pc: PCModel | None = None
+        self.stopped_by: str | None = None
+        self.nonfinite_node: str | None = None
+        self._window: dict[str, Tensor] = {}
+        self._restored: dict[str, Any] | None = None
+        patience = getattr(self.args, "nonfinite_patience", PCTrainingArguments.nonfinite_patience)
+        self.add_callback(SteeringCallback(self))
+        self.add_callback(NonFiniteGuard(self, patience))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(PCProgressCallback)
+
+    def _refuse_unsupported(self) -> None:
+        super()._refuse_unsupported()
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs without a launcher mean DataParallel, whose replicas cannot relax: start "
+                "with `accelerate launch` or torchrun, or show one GPU with CUDA_VISIBLE_DEVICES=0"
+            )
+        if self.is_deepspeed_enabled:
+            raise ValueError("DeepSpeed is not supported: it owns the backward pass")
+        if self.args.torch_compile:
+            raise ValueError("torch_compile=True is not supported: a compiled model skips the hooks of the nodes")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As `Trainer.train`. Raises NonFiniteEnergyError where a non-finite free energy persisted."""
+        if self.args.should_save:
+            self.pc_config.save_pretrained(self.args.output_dir)
+        self.stopped_by, self._window, self.pc = None, {}, None
+        try:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            if self.pc is not None:
+                self.pc.detach()
+        if self.stopped_by is not None:
+            raise NonFiniteEnergyError(
+                f"the free energy of node {self.stopped_by!r} is not finite, step after step; the weights are those "
+                f"before it happened and a checkpoint is in {self.args.output_dir}. Lower the learning rate or the "
+                "relaxed_fraction"
+            )
+        return result
+
+    def _attached(self) -> PCModel:
+        if self.pc is None:  # in the first step: models that are sharded or rebuilt are so by now
+            self.pc = PCModel(self.accelerator.unwrap_model(self.model_wrapped), self.pc_config)
+            if self._restored is not None:
+                self.pc.load_state_dict(self._restored)
+                self._restored = None
+        return self.pc
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        pc = self._attached()
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        with pc.relaxed(inputs) as relaxation:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            add_sums(self._window, pc.observe(relaxation))
+            self.nonfinite_node = None
+            if not bool(relaxation.free_energy().isfinite().all()):
+                self.nonfinite_node = relaxation.first_nonfinite()
+            # logged as the loss: the feedforward pass's, not that of states which have seen the labels
+            assert relaxation.feedforward_energy is not None
+            assert relaxation.output_energy is not None
+            seen, relaxed = relaxation.feedforward_energy.sum(), relaxation.output_energy.sum()
+        return loss * (seen / relaxed)
+
+    def _output_energy(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        if self.pc is None or self.pc.relaxation is None:
+            return super()._output_energy(model, inputs)
+        return self.pc.learning_pass(inputs, forward=model)
+
+    def reduce_sums(self, total: Tensor) -> Tensor:
+        """Sum a float64 tensor over processes."""
+        if self.accelerator.num_processes == 1:
+            return total
+        reduced: Tensor = self.accelerator.reduce(total.to(self.args.device), "sum").cpu()
+        return reduced
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds, to each training log, the means since the last one: free energy, energy per node (nats per label
+        token), residual, relaxed_fraction, displacement, sweeps, share of refused sweeps, relative_std."""
+        if "loss" in logs and self._window:
+            logs.update(self._means())
+        super().log(logs, *args, **kwargs)
+
+    def _means(self) -> dict[str, float]:
+        names = list(self._window)
+        totals = self.reduce_sums(torch.stack([self._window[name] for name in names]))
+        self._window = {}
+        facts = summary(dict(zip(names, totals.unbind(), strict=True)))
+        displacement = facts.pop("displacement")
+        energies = facts.pop("energies")
+        means: dict[str, float] = facts
+        means["displacement"] = sum(displacement.values()) / max(len(displacement), 1)
+        if self.pc_config.precision is None and self.pc is not None:
+            means["relative_std"] = self.pc.relative_std
+        means.update({f"energy/{name}": value for name, value in energies.items()})
+        return means
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            self.pc_config.save_pretrained(folder)
+            if self.pc is not None:
+                (folder / STATE_NAME).write_text(json.dumps(self.pc.state_dict()) + "\n", encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / STATE_NAME
+        if path.is_file():
+            self._restored = json.loads(path.read_text(encoding="utf-8"))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' own card with the settings and the regime of this run; same signature."""
+        from hf_pc.cards import extend_card
+
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            extend_card(Path(self.args.output_dir) / "README.md", self.pc_config, self.state.log_history)
+
+
+class PCTrainer(PCTrainerMixin, Trainer):
+    """`transformers.Trainer` with `pc_config=`: see `PCTrainerMixin`."""
+
+
+__all__ = ["BackpropTrainer", "NonFiniteEnergyError", "PCTrainer", "PCTrainerMixin", "PCTrainingArguments"]
