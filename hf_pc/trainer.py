@@ -214,7 +214,7 @@ class PCTrainerMixin(TokenLossMixin):
             assert relaxation.feedforward_energy is not None
             assert relaxation.output_energy is not None
             seen, relaxed = relaxation.feedforward_energy.sum(), relaxation.output_energy.sum()
-        return loss * (seen / relaxed)
+        return loss * (seen / relaxed) if relaxed else loss
 
     def _output_energy(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         if self.pc is None or self.pc.relaxation is None:
