@@ -101,7 +101,8 @@ class PCConfig:
             field, its value and what is allowed.
     """
 
-    nodes: str | list[NodeSpec] = field(
+    # unions are ordered as HfArgumentParser reads them: the command line gives text for both fields
+    nodes: list[NodeSpec] | str | None = field(
         default="block", metadata={"help": "Preset (block, sublayer, linear) or pattern; several separated by commas."}
     )
     energy: str = field(default="gaussian", metadata={"help": "Energy of internal nodes."})
@@ -115,7 +116,7 @@ class PCConfig:
     )
     solver: str = field(default="error", metadata={"help": "How the errors relax."})
     sweeps: int = field(default=3, metadata={"help": "Passes per step, the learning pass included; 1 is backprop."})
-    step_size: str | float | None = field(
+    step_size: float | str | None = field(
         default="auto", metadata={"help": '"auto" or a number, units of 1/precision.'}
     )
     tolerance: float = field(default=0.0, metadata={"help": "Residual under which a sequence stops relaxing."})

@@ -80,9 +80,8 @@ class PCModel:
         self.config = config or PCConfig()
         self.nodes: list[Node] = resolve(model, self.config)
         self.output = CategoricalOutput.of(model)
-        self.solver = SOLVERS[self.config.solver](
-            self.config.sweeps, self.config.step_size or "auto", self.config.tolerance
-        )
+        assert self.config.step_size is not None
+        self.solver = SOLVERS[self.config.solver](self.config.sweeps, self.config.step_size, self.config.tolerance)
         self.relative_std = self.config.relative_std or INITIAL_RELATIVE_STD
         self.relaxation: Relaxation | None = None
         self._random: RandomState | None = None

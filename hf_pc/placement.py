@@ -140,7 +140,7 @@ def resolve(model: nn.Module, config: PCConfig) -> list[Node]:
             )
         rules = [(NodeSpec(config.nodes), found)]
     else:
-        specs = [NodeSpec(config.nodes)] if isinstance(config.nodes, str) else config.nodes
+        specs = [NodeSpec(config.nodes)] if isinstance(config.nodes, str) else config.nodes or []
         alone = isinstance(config.nodes, str)
         rules = [(spec, _by_pattern(model, spec.pattern, presets=alone)) for spec in specs]
     for spec, found in rules:

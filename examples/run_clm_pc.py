@@ -1,0 +1,255 @@
+"""Train a causal language model by predictive coding, and by backprop from the same start.
+
+    accelerate launch examples/run_clm_pc.py                              # a small GPT-2 on the Python reference
+    accelerate launch examples/run_clm_pc.py --model_name_or_path M --train_file F --output_dir runs/mine
+    accelerate launch examples/run_clm_pc.py settings.yaml
+
+Takes the flags of transformers' run_clm.py, every TrainingArguments field, and every PCConfig field.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from clm_data import DataArguments, blocks_of, load_text, train_tokenizer
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    TrainerCallback,
+    default_data_collator,
+    set_seed,
+)
+
+from hf_pc import PCConfig, PCTrainer, PCTrainingArguments
+from hf_pc.cards import write_card
+from hf_pc.diagnostics.plots import plot_run
+from hf_pc.relaxation import regime
+from hf_pc.trainer import BackpropTrainer
+
+#: where the defaults of the demonstration differ from those of TrainingArguments
+DEMO: dict[str, Any] = {
+    "do_train": True, "do_eval": True,
+    "block_size": 128, "max_steps": 300, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 16,
+    "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 30, "logging_steps": 10,
+    "eval_strategy": "steps", "eval_steps": 50, "save_strategy": "no", "use_cpu": not torch.cuda.is_available(),
+}  # fmt: skip
+DEMO_MODEL = "n_layer=4,n_embd=128,n_head=4,n_positions=128,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0"
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A checkpoint to start from."})
+    model_type: str = field(default="gpt2", metadata={"help": "The type of a model trained from scratch."})
+    config_name: str | None = field(default=None, metadata={"help": "A configuration to train from scratch."})
+    config_overrides: str | None = field(default=None, metadata={"help": "n_embd=10,n_layer=2: changes to it."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Default: the model's, else one is trained."})
+    cache_dir: str | None = None
+    model_revision: str = "main"
+    token: str | None = field(default=None, metadata={"help": "For private repositories."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    dtype: str | None = field(default=None, metadata={"help": "auto, bfloat16, float16 or float32."})
+    compare_bp: bool = field(default=True, metadata={"help": "Train by backprop too, from the same start."})
+
+    def __post_init__(self) -> None:
+        if self.model_name_or_path and (self.config_name or self.config_overrides):
+            raise ValueError("--config_name and --config_overrides are for models trained from scratch, not with "
+                             f"--model_name_or_path {self.model_name_or_path}")  # fmt: skip
+
+
+@dataclass
+class CLMTrainingArguments(PCTrainingArguments):
+    output_dir: str = field(default="runs/clm", metadata={"help": "Where everything goes."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint folder, or 'true' for the last."}
+    )
+
+
+class StepTimer(TrainerCallback):
+    """Seconds of each optimiser step, logging, evaluation and saving left out."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._began)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds[1:] or self.seconds)
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, CLMTrainingArguments, PCConfig]:
+    parser = HfArgumentParser((ModelArguments, DataArguments, CLMTrainingArguments, PCConfig))  # type: ignore[arg-type]
+    own = ("model_name_or_path", "config_name", "train_file", "dataset_name")
+    if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
+        if not Path(argv[0]).is_file():
+            raise ValueError(f"{argv[0]}: there is no such file")
+        import yaml
+
+        given = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))  # JSON is YAML
+        if not isinstance(given, dict):
+            raise ValueError(f"{argv[0]} holds no table of settings")
+        demo = {} if any(name in given for name in own) else DEMO
+        parsed = parser.parse_dict({**demo, **given})
+    else:
+        names = {arg.lstrip("-").split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
+        if not names.intersection(own):
+            parser.set_defaults(**DEMO)
+        parsed = parser.parse_args_into_dataclasses(argv)
+    return parsed  # type: ignore[return-value]
+
+
+def load_model_and_tokenizer(args: ModelArguments, data: Any) -> tuple[Any, Any]:
+    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token,
+           "trust_remote_code": args.trust_remote_code}  # fmt: skip
+    source = args.tokenizer_name or args.model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(source, **hub) if source else train_tokenizer(data)
+    if args.model_name_or_path:
+        return AutoModelForCausalLM.from_pretrained(
+            args.model_name_or_path, dtype=args.dtype or "auto", **hub
+        ), tokenizer
+    if args.config_name:
+        config = AutoConfig.from_pretrained(args.config_name, **hub)
+    elif args.model_type in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[args.model_type]()
+    else:
+        raise ValueError(f"--model_type {args.model_type} is unknown to transformers")
+    overrides = args.config_overrides
+    if overrides is None and not args.config_name and args.model_type == "gpt2":
+        overrides = DEMO_MODEL
+    if overrides:
+        config.update_from_string(overrides)
+    config.vocab_size = len(tokenizer)
+    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+    if args.dtype and args.dtype != "auto":
+        model = model.to(getattr(torch, args.dtype))
+    return model, tokenizer
+
+
+def choose_block_size(asked: int | None, model: Any, tokenizer: Any) -> int:
+    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    if asked is not None and asked > positions:
+        raise ValueError(f"--block_size {asked} is over the {positions} positions of the model")
+    return asked or min(1024, positions)
+
+
+def mean(history: list[dict[str, Any]], name: str) -> float:
+    values = [entry[name] for entry in history if name in entry]
+    return statistics.fmean(values) if values else float("nan")
+
+
+def show(results: dict[str, Any]) -> None:
+    table = Table(title="Predictive coding and backprop: same initial weights, batches and optimiser")
+    table.add_column("")
+    sides = ["pc"] + (["bp"] if "bp_perplexity" in results else [])
+    for side in sides:
+        table.add_column({"pc": "PC", "bp": "backprop"}[side], justify="right")
+    rows = [("validation loss, nats per token", "eval_loss", ".4f"), ("perplexity", "perplexity", ".2f"),
+            ("seconds per step, median", "step_seconds", ".3f")]  # fmt: skip
+    for title, key, form in rows:
+        cells = [f"{results[f'{s}_{key}']:{form}}" if f"{s}_{key}" in results else "" for s in sides]
+        table.add_row(title, *cells)
+    for key, form in (("step_time_ratio", ".2f"), ("relaxed_fraction", ".4f"), ("residual", ".4f"), ("regime", "")):
+        if key in results:
+            table.add_row(key, f"{results[key]:{form}}")
+    Console(width=100).print(table)
+
+
+def run_backprop(weights: dict[str, torch.Tensor], model: Any, options: dict[str, Any], args: Any, main: bool) -> Any:
+    model.load_state_dict(weights)
+    args = copy.copy(args)
+    args.output_dir, args.save_strategy = str(Path(args.output_dir) / "backprop"), "no"
+    args.push_to_hub, args.load_best_model_at_end, args.report_to = False, False, []
+    timer = StepTimer()
+    trainer = BackpropTrainer(model=model, args=args, callbacks=[timer], **options)
+    trainer.train()
+    metrics = trainer.evaluate()
+    Path(args.output_dir).rmdir() if main and not any(Path(args.output_dir).iterdir()) else None
+    return trainer.state.log_history, metrics, timer.median
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    model_args, data_args, args, pc_config = parse(sys.argv[1:] if argv is None else argv)
+    if not args.do_train and not args.do_eval:
+        args.do_train = args.do_eval = True
+    set_seed(args.seed)
+    data = load_text(data_args, model_args.cache_dir, model_args.token, model_args.trust_remote_code)
+    model, tokenizer = load_model_and_tokenizer(model_args, data)
+    data = blocks_of(data, tokenizer, choose_block_size(data_args.block_size, model, tokenizer))
+    train, valid = data["train"], data["validation"]
+    train = train.select(range(min(len(train), data_args.max_train_samples or len(train))))
+    valid = valid.select(range(min(len(valid), data_args.max_eval_samples or len(valid))))
+    options = {"train_dataset": train, "eval_dataset": valid, "data_collator": default_data_collator}
+    weights = copy.deepcopy(model.state_dict()) if model_args.compare_bp and args.do_train else {}
+    timer = StepTimer()
+    trainer = PCTrainer(
+        model=model, args=args, pc_config=pc_config, processing_class=tokenizer, callbacks=[timer], **options
+    )
+    results: dict[str, Any] = {}
+    histories: dict[str, Any] = {}
+    if args.do_train:
+        resume: Any = args.resume_from_checkpoint
+        trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+        trainer.save_model()
+        trainer.save_state()
+        history = histories["PC"] = trainer.state.log_history
+        results |= {"pc_step_seconds": timer.median, "relaxed_fraction": mean(history, "relaxed_fraction")}
+        results["residual"] = mean(history, "residual")
+        results["regime"] = regime(results["relaxed_fraction"], results["residual"])
+    if args.do_eval:
+        metrics = trainer.evaluate()
+        results |= {"pc_eval_loss": metrics["eval_loss"], "pc_perplexity": metrics["eval_perplexity"]}
+    main_process = trainer.is_world_process_zero()
+    if args.do_train and model_args.compare_bp:
+        trained = copy.deepcopy(model.state_dict())
+        histories["backprop"], metrics, seconds = run_backprop(weights, model, options, args, main_process)
+        model.load_state_dict(trained)
+        results |= {"bp_eval_loss": metrics["eval_loss"], "bp_perplexity": metrics["eval_perplexity"]}
+        results |= {"bp_step_seconds": seconds, "step_time_ratio": results["pc_step_seconds"] / seconds}
+    folder = Path(args.output_dir)
+    if main_process:
+        (folder / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        if histories:
+            plot_run(folder / "learning.png", histories)
+            if "pc_perplexity" in results:
+                source = model_args.model_name_or_path
+                text = data_args.dataset_name or data_args.train_file or "the Python language reference"
+                write_card(
+                    folder, pc_config, results, model_name=folder.name, base_model=source, dataset=Path(text).name
+                )
+        show(results)
+    if args.push_to_hub and main_process:
+        from huggingface_hub import HfApi
+
+        HfApi(token=args.hub_token).upload_folder(
+            repo_id=trainer.hub_model_id,
+            folder_path=folder,
+            ignore_patterns=["_*", "checkpoint-*", "training_args.bin"],
+        )
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
