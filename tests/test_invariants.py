@@ -75,13 +75,16 @@ def test_free_energy_never_rises(name: str, relative_std: float) -> None:
         before = now
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_weights_learn_from_their_own_nodes_energy(name: str) -> None:
-    """At equilibrium, in float64, the gradient is autograd's of each node's own energy with all states held fixed."""
+@pytest.mark.parametrize(("name", "rounding"), [("gpt2", 1e-9), ("llama", 1e-4)])
+def test_weights_learn_from_their_own_nodes_energy(name: str, rounding: float) -> None:
+    """At equilibrium, in float64, the gradient is autograd's of each node's own energy with all states held fixed.
+
+    Llama's norms compute in float32 whatever the model's dtype, and that rounding is all that is left there.
+    """
     model, inputs = make(name).double(), batch()
-    pc = PCModel(model, PCConfig(sweeps=60, precision=1000.0))
+    pc = PCModel(model, PCConfig(sweeps=60, precision=4000.0))
     out = pc.accumulate_grad(**inputs)
-    assert out.residual < 1e-9
+    assert out.residual < rounding
     assert out.relaxed_fraction > 0.001
     learned = gradients(model)
     model.zero_grad()
@@ -90,7 +93,7 @@ def test_weights_learn_from_their_own_nodes_energy(name: str) -> None:
 
     def clamp(key: str) -> Any:
         def hook(module: Any, args: Any, mu: torch.Tensor) -> torch.Tensor:
-            energies.append(500.0 * (out.states[key] - mu).square().sum())
+            energies.append(2000.0 * (out.states[key] - mu).square().sum())
             return out.states[key]
 
         return hook
@@ -102,7 +105,7 @@ def test_weights_learn_from_their_own_nodes_energy(name: str) -> None:
     (local / labels.ne(-100).sum()).backward()
     for handle in handles:
         handle.remove()
-    assert worst(learned, gradients(model)) < 1e-6
+    assert worst(learned, gradients(model)) < 10 * rounding
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
