@@ -49,7 +49,10 @@ class GaussianEnergy(Energy):
     uses_prediction = False
 
     def energy(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
-        return 0.5 * (precision * error.square()).sum(-1)
+        # per token or one number, the precision is constant over the features that are summed
+        squares: Tensor = torch.linalg.vector_norm(error, dim=-1, keepdim=True).square()
+        weighted: Tensor = 0.5 * precision * squares
+        return weighted.squeeze(-1)
 
     def grad_state(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
         return precision * error
@@ -68,7 +71,8 @@ def relative_precision(prediction: Tensor, relative_std: float) -> Tensor:
     Returns:
         float32 (float64 for a float64 mu), [..., 1], detached.
     """
-    mean_square = wide(prediction.detach()).square().mean(-1, keepdim=True)
+    values = wide(prediction.detach())
+    mean_square: Tensor = torch.linalg.vector_norm(values, dim=-1, keepdim=True).square() / values.shape[-1]
     floor = torch.finfo(torch.float32).eps ** 2  # a prediction of zeros: finite, and far under any real activity
     return (relative_std**2 * mean_square.clamp_min(floor)).reciprocal()
 

@@ -92,11 +92,15 @@ class Site:
         self.prediction_square: Tensor
         self.gradient_square: Tensor
         self.signal_square: Tensor
-        self.signal: Tensor | None = None  # g in nats, of the passes that keep it
 
     def per_sequence(self, values: Tensor, batch: int) -> Tensor:
         """Sums over all but the batch, [batch], float64. `values` has the state's leading dimensions."""
         return values.reshape(batch, -1).sum(1, dtype=torch.float64)
+
+    def squares(self, values: Tensor, batch: int) -> Tensor:
+        """Sums of squares over all but the batch, [batch], float64."""
+        norms: Tensor = torch.linalg.vector_norm(wide(values).reshape(batch, -1), dim=1)
+        return norms.double().square()
 
 
 class LossScale(torch.autograd.Function):
@@ -124,7 +128,7 @@ class NodeFunction(torch.autograd.Function):
             ctx.save_for_backward(error, mu)
         else:
             ctx.save_for_backward(error)
-        return (wide(mu) + error).to(mu.dtype)
+        return mu.view_as(mu) if sweep.at_rest else (wide(mu) + error).to(mu.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
@@ -132,19 +136,17 @@ class NodeFunction(torch.autograd.Function):
         error, *rest = ctx.saved_tensors
         mu = wide(rest[0]) if rest else None
         energy: Energy = site.node.energy
-        signal = wide(g) / sweep.scale
-        own = energy.grad_state(error, mu, site.precision)
-        gradient = own + signal
+        scaled = isinstance(sweep.scale, Tensor)  # a relaxing sweep's loss is the energy itself
+        signal = wide(g) / sweep.scale if scaled else wide(g)
+        # at rest x = mu, where every divergence and both its gradients are zero
+        gradient = signal if sweep.at_rest else energy.grad_state(error, mu, site.precision) + signal
         sweep.measure(site, signal, gradient)
-        if sweep.mode == RELAX:
-            down = signal if mu is None else gradient + energy.grad_prediction(error, mu, site.precision)
-        else:
+        if sweep.mode == LEARN:
             target = error - sweep.step_size * gradient / site.precision
             down = energy.grad_prediction(target, mu, site.precision)
-        needs_mu = ctx.needs_input_grad[0]
-        return (
-            (down * sweep.scale).to(ctx.dtype) if needs_mu else None,
-            gradient if sweep.mode == RELAX else None,
-            None,
-            None,
-        )
+        elif mu is None or sweep.at_rest:
+            down = signal
+        else:
+            down = gradient + energy.grad_prediction(error, mu, site.precision)
+        down = (down * sweep.scale if scaled else down).to(ctx.dtype)
+        return down if ctx.needs_input_grad[0] else None, gradient if sweep.mode == RELAX else None, None, None

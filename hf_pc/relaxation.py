@@ -39,7 +39,6 @@ class Relaxation:
         self.mode = RELAX
         self.step_size = 1.0
         self.scale: Tensor | float = 1.0
-        self.keep_signals = False
         self.sweeps = 0
         self.tried = 0
         self.refused = torch.zeros((), dtype=torch.float64)
@@ -55,7 +54,7 @@ class Relaxation:
     def note_output(self, energy: Tensor) -> None:
         """Note a pass's output energy, nats, [batch]."""
         self.output_energy = energy.detach()
-        if self._first_pass:
+        if self.at_rest:
             self.feedforward_energy = self.output_energy
 
     def begin(self, mode: str) -> None:
@@ -68,25 +67,26 @@ class Relaxation:
     def visit(self, node: Node, mu: Tensor) -> Tensor:
         """The state x = mu + e of the node that just computed `mu`; called by its hook."""
         site = self._site(node, mu)
-        if self._first_pass:
+        if self.at_rest:
             site.energy = torch.zeros(self.batch, dtype=torch.float64, device=mu.device)
             site.error_square = site.energy
-            site.prediction_square = site.per_sequence(mu.detach().double().square(), self.batch)
+            site.prediction_square = site.squares(mu.detach(), self.batch)
         else:
             error, prediction = site.error.detach(), mu.detach()
             site.energy = site.per_sequence(node.energy.energy(error, prediction, site.precision), self.batch)
-            site.error_square = site.per_sequence(error.square(), self.batch)
+            site.error_square = site.squares(error, self.batch)
         site.signal_square = site.gradient_square = torch.zeros_like(site.energy)
         return NodeFunction.apply(mu, site.error, site, self)  # type: ignore[no-any-return,no-untyped-call]
 
     @property
-    def _first_pass(self) -> bool:
+    def at_rest(self) -> bool:
+        """Whether this is the first pass, where every error is zero."""
         return self.sweeps == 1
 
     def _site(self, node: Node, mu: Tensor) -> Site:
         sites = self._of_node.setdefault(node.name, [])
         visit = self._visits[node.name] = self._visits.get(node.name, -1) + 1
-        if self._first_pass and visit == len(sites):
+        if self.feedforward_energy is None and visit == len(sites):
             if mu.numel() == 0 or len(mu) % self.batch:
                 raise ValueError(
                     f"node {node.name!r} has an output of shape {tuple(mu.shape)}, whose first dimension is no "
@@ -107,18 +107,17 @@ class Relaxation:
     def measure(self, site: Site, signal: Tensor, gradient: Tensor) -> None:
         """Called by the backward pass of each site with g and dF/de, in nats."""
         site.signal_square = self._weighted_square(site, signal)
-        site.gradient_square = self._weighted_square(site, gradient)
-        if self.keep_signals:
-            site.signal = signal
+        site.gradient_square = site.signal_square if self.at_rest else self._weighted_square(site, gradient)
         if site is self.sites[-1]:
             if self._top_signal is None:
                 self._top_signal = signal.detach()
-                self._reference = signal.square().sum(dtype=torch.float64)
+                self._reference = torch.linalg.vector_norm(signal).double().square()
             else:
-                self._change = (signal - self._top_signal).square().sum(dtype=torch.float64)
+                self._change = torch.linalg.vector_norm(signal - self._top_signal).double().square()
 
     def _weighted_square(self, site: Site, values: Tensor) -> Tensor:
-        return site.per_sequence((values.square() / site.precision).sum(-1), self.batch)
+        per_token = torch.linalg.vector_norm(values, dim=-1, keepdim=True).square()
+        return site.per_sequence(per_token / site.precision, self.batch)
 
     def loss(self, output_energy: Tensor) -> Tensor:
         """The summed output energy as a scalar to scale and call `backward()` on in LEARN mode."""
@@ -144,9 +143,10 @@ class Relaxation:
 
     def first_nonfinite(self) -> str | None:
         """The first node, in the order of the forward pass, whose prediction or energy is not finite."""
-        for site in self.sites:
-            if not bool((site.energy + site.prediction_square).isfinite().all()):
-                return site.label
+        for name in ("prediction_square", "energy"):  # errors spread what is wrong with a prediction to all nodes
+            for site in self.sites:
+                if not bool(getattr(site, name).isfinite().all()):
+                    return site.label
         if self.output_energy is not None and not bool(self.output_energy.isfinite().all()):
             return FEEDFORWARD_LABEL
         return None

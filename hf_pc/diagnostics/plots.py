@@ -37,9 +37,9 @@ def plot_run(path: Path, histories: Mapping[str, History], pc: str = "PC") -> Pa
     nodes = [label for label in labels if label != "energy/output"]
     colors = colormaps["viridis"]
     for index, label in enumerate(nodes):
-        color = colors(index / max(len(nodes) - 1, 1))
+        shade = colors(index / max(len(nodes) - 1, 1))
         shown = label.removeprefix("energy/") if len(nodes) <= 12 or index in (0, len(nodes) - 1) else None
-        energies.plot(*_series(histories[pc], label), color=color, label=shown)
+        energies.plot(*_series(histories[pc], label), color=shade, label=shown)
     energies.set(xlabel="optimiser step", ylabel="nats per token", title="Energy of every node at the relaxed states")
     if nodes:
         energies.set_yscale("log")

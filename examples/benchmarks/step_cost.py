@@ -1,0 +1,162 @@
+"""What a step costs: predictive coding with T sweeps over backprop, in time and in peak memory.
+
+    python examples/benchmarks/step_cost.py --model gpt2 --layers 8 --hidden 256 --sequence 128 --batch 8 \\
+        --sweeps 1 2 5 --threads 1
+
+Prints one JSON line per T. A step is everything up to the gradient; the optimiser's part is the same for both. Time is
+the median of interleaved pairs; memory is each kind's own peak over the built model, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
+
+from hf_pc import PCConfig, PCModel
+from hf_pc.output import CategoricalOutput
+
+SETTING = ("model", "layers", "hidden", "sequence", "batch", "vocab", "threads", "seed")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not allowed: at least 1 is needed")
+    return value
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["gpt2", "llama"], default="gpt2")
+    sizes = {"layers": 8, "hidden": 256, "sequence": 128, "batch": 8, "vocab": 1000, "threads": 1, "runs": 15}
+    for name, value in sizes.items():
+        parser.add_argument(f"--{name}", type=positive, default=value)
+    parser.add_argument("--sweeps", type=positive, nargs="+", default=[1, 2, 5])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--measure-memory", type=int, help=argparse.SUPPRESS)  # sweeps of the one step to run; 0: BP
+    return parser.parse_args()
+
+
+def build(args: argparse.Namespace, device: torch.device) -> tuple[Any, dict[str, torch.Tensor]]:
+    set_seed(args.seed)
+    heads, ends = max(1, args.hidden // 64), {"bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
+    if args.model == "gpt2":
+        config = GPT2Config(
+            vocab_size=args.vocab, n_positions=args.sequence, n_embd=args.hidden, n_layer=args.layers, n_head=heads,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ends,
+        )  # fmt: skip
+        model: Any = GPT2LMHeadModel(config)
+    else:
+        config = LlamaConfig(
+            vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3,
+            num_hidden_layers=args.layers, num_attention_heads=heads, max_position_embeddings=args.sequence, **ends,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
+    ids = torch.randint(0, args.vocab, (args.batch, args.sequence), device=device)
+    return model.to(device).train(), {"input_ids": ids, "labels": ids}
+
+
+def backprop(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
+    batch, labels = CategoricalOutput.of(model).split(inputs)
+    energy = CategoricalOutput.energy(model(**batch).logits, labels)
+    (energy.sum() / labels.ne(-100).sum()).backward()
+    return {}
+
+
+def predictive_coding(model: Any, inputs: dict[str, torch.Tensor], sweeps: int) -> dict[str, float]:
+    pc = PCModel(model, PCConfig(relative_std=0.2, sweeps=sweeps))
+    try:
+        with pc.relaxed(inputs) as relaxation:
+            loss, _ = pc.learning_pass(inputs)
+            (loss / relaxation.tokens).backward()
+            sums = pc.observe(relaxation)
+    finally:
+        pc.detach()
+    return {
+        "relaxed_fraction": float((sums["change"] / sums["reference"]).sqrt()),
+        "residual": float(sums["residual"] / sums["sequences"]),
+    }
+
+
+def run_step(model: Any, inputs: dict[str, torch.Tensor], sweeps: int) -> dict[str, float]:
+    """One step with `sweeps` sweeps, 0 being backprop, from cleared gradients."""
+    model.zero_grad()
+    facts = predictive_coding(model, inputs, sweeps) if sweeps else backprop(model, inputs)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return facts
+
+
+def seconds(step: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts again from now
+
+
+def peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def memory(sweeps: int) -> int:
+    """Peak memory of a step over the built model, measured in a fresh process."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--measure-memory", str(sweeps)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, inputs = build(args, device)
+    if args.measure_memory is not None:
+        reset_peak(device)
+        before = peak_bytes(device)
+        for _ in range(2):  # the second meets the gradients of the first
+            run_step(model, inputs, args.measure_memory)
+        print(peak_bytes(device) - before)
+        return
+    kinds = [0, *dict.fromkeys(args.sweeps)]
+    facts = {kind: run_step(model, inputs, kind) for kind in kinds for _ in range(2)}
+    times: dict[int, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(args.runs):
+        for kind in kinds:
+            times[kind].append(seconds(lambda kind=kind: run_step(model, inputs, kind)))  # type: ignore[misc]
+    backprop_bytes = memory(0)
+    for sweeps in kinds[1:]:
+        ratios = [pc / bp for pc, bp in zip(times[sweeps], times[0], strict=True)]
+        ratio, limit = statistics.median(ratios), (2 * sweeps + 1) / 3
+        line = {
+            **{n: getattr(args, n) for n in SETTING},
+            "sweeps": sweeps, "time_ratio": round(ratio, 3), "time_ratio_quartiles":
+            [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]] if len(ratios) > 1 else None,
+            "limit": round(limit, 3), "over_limit": round(ratio / limit - 1, 3),
+            "memory_ratio": round(memory(sweeps) / backprop_bytes, 3),
+            **{name: round(value, 5) for name, value in facts[sweeps].items()},
+            "machine": f"{platform.machine()} {device.type}, torch {torch.__version__}", "runs": args.runs,
+        }  # fmt: skip
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""PCConfig: what is allowed, what is refused by name, and its file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_invariants import make
+
+from hf_pc import NodeSpec, PCConfig, PCModel
+from hf_pc.config import DEFAULT_RELAXED_FRACTION
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sweeps": 0}, "sweeps=0"),
+        ({"sweeps": 2.5}, "sweeps=2.5"),
+        ({"precision": -1.0}, "precision=-1.0"),
+        ({"precision": 1.0, "relative_std": 0.1}, "exclude each other"),
+        ({"relaxed_fraction": 1.5}, "relaxed_fraction=1.5"),
+        ({"relative_std": float("nan")}, "relative_std=nan"),
+        ({"step_size": "fast"}, "step_size='fast'"),
+        ({"step_size": 0}, "step_size=0"),
+        ({"tolerance": -0.1}, "tolerance=-0.1"),
+        ({"dropout": "maybe"}, "dropout='maybe'"),
+        ({"energy": "gausian"}, "energy='gausian'.*'gaussian'"),
+        ({"solver": "adam"}, "solver='adam'.*'error'"),
+        ({"nodes": []}, "nodes="),
+        ({"nodes": [3]}, "nodes"),
+        ({"relaxd_fraction": 0.1}, "nearest names are 'relaxed_fraction'"),
+    ],
+)
+def test_bad_values_are_named(values: dict[str, Any], message: str) -> None:
+    """A wrong field or value is a ValueError that names it and what is allowed."""
+    with pytest.raises(ValueError, match=message):
+        PCConfig.from_dict(values)
+
+
+def test_default_strength_is_a_target() -> None:
+    """With no strength given, relaxed_fraction is the documented target."""
+    assert PCConfig().relaxed_fraction == DEFAULT_RELAXED_FRACTION
+    assert PCConfig(precision=2.0).relaxed_fraction is None
+
+
+def test_file_round_trip(tmp_path: Path) -> None:
+    """pc_config.json gives the same configuration back, node specifications included."""
+    config = PCConfig(nodes=[NodeSpec("h.0", precision=2.0), NodeSpec("h.1")], relative_std=0.3, step_size=0.5)
+    config.save_pretrained(tmp_path)
+    assert PCConfig.from_pretrained(tmp_path) == config
+    assert [p.name for p in tmp_path.iterdir()] == ["pc_config.json"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
+FIELDS = st.sampled_from(list(PCConfig().to_dict()))
+
+
+@given(st.dictionaries(FIELDS | st.text(max_size=5), JSON, max_size=4) | JSON)
+def test_malformed_files_are_value_errors(values: Any) -> None:
+    """Whatever JSON is in the file, the outcome is a configuration or a ValueError."""
+    try:
+        config = PCConfig.from_dict(json.loads(json.dumps(values)))
+    except ValueError:
+        return
+    assert PCConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ("blok", "neither a preset"),
+        (["transformer.h.9"], r"nearest names are .*transformer\.h"),
+        (["h.0", "transformer.h.0"], "one rule each"),
+    ],
+)
+def test_nodes_that_do_not_fit_the_model(nodes: Any, message: str) -> None:
+    """Unknown presets and patterns that match nothing say the nearest names; the model is left as it was."""
+    model = make("gpt2")
+    with pytest.raises(ValueError, match=message):
+        PCModel(model, PCConfig(nodes=nodes))
+    assert not any(m._forward_hooks for m in model.transformer.h)
+
+
+def test_patterns_and_their_precision() -> None:
+    """A NodeSpec places a node by the end of a module's name and gives it a precision of its own."""
+    pc = PCModel(make("gpt2"), PCConfig(nodes=[NodeSpec("h.0.mlp", precision=7.0), NodeSpec(r".*\.h\.2")]))
+    assert [(node.name, node.precision) for node in pc.nodes] == [
+        ("transformer.h.0.mlp", 7.0),
+        ("transformer.h.2", None),
+    ]

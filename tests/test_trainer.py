@@ -1,0 +1,274 @@
+"""PCTrainer keeps what users of Trainer rely on; one test for each feature."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_invariants import make
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+
+from hf_pc import PCConfig, PCTrainer, PCTrainerMixin, PCTrainingArguments
+from hf_pc.trainer import BackpropTrainer, NonFiniteEnergyError
+
+RELAXING = PCConfig(sweeps=3, relaxed_fraction=0.05)
+
+
+def rows(count: int = 24) -> list[dict[str, list[int]]]:
+    """Sequences with unequal numbers of label tokens."""
+    made = []
+    for i in range(count):
+        ids = [(i * 7 + j * (i % 5 + 1)) % 50 for j in range(16)]
+        made.append({"input_ids": ids, "labels": [-100] * (i % 6) + ids[i % 6 :]})
+    return made
+
+
+def trainer(folder: Path, config: PCConfig | None = RELAXING, cls: Any = PCTrainer, **options: Any) -> Any:
+    name, dropout = options.pop("name", "gpt2"), options.pop("dropout", 0.0)
+    keys = ("callbacks", "optimizers", "compute_loss_func", "model", "train_dataset")
+    extra = {k: options.pop(k) for k in keys if k in options}
+    defaults = {
+        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4, "report_to": [], "use_cpu": True,
+        "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "max_grad_norm": 0.0,
+    }  # fmt: skip
+    if config is not None:
+        extra["pc_config"] = config
+    extra.setdefault("model", make(name, dropout))
+    extra.setdefault("train_dataset", rows())
+    return cls(args=PCTrainingArguments(**{**defaults, **options}), eval_dataset=rows(10), **extra)
+
+
+def weights(run: Any) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in run.model.parameters()])
+
+
+def trained(folder: Path, *args: Any, **options: Any) -> torch.Tensor:
+    run = trainer(folder, *args, **options)
+    run.train()
+    return weights(run)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_one_sweep_trains_as_backprop(tmp_path: Path, name: str) -> None:
+    """At T = 1 the weights after four steps are backprop's, dropout included."""
+    pc = trained(tmp_path / "pc", PCConfig(sweeps=1), name=name, dropout=0.1)
+    bp = trained(tmp_path / "bp", None, BackpropTrainer, name=name, dropout=0.1)
+    assert (pc - bp).norm() / bp.norm() < 1e-5
+
+
+def test_accumulation_changes_nothing(tmp_path: Path) -> None:
+    """Batches of 8 and two accumulated batches of 4 with unequal label counts train the same weights."""
+    sgd = {"optim": "sgd", "learning_rate": 0.1}
+    whole = trained(tmp_path / "a", per_device_train_batch_size=8, **sgd)
+    parts = trained(tmp_path / "b", per_device_train_batch_size=4, gradient_accumulation_steps=2, **sgd)
+    assert (whole - parts).norm() / whole.norm() < 1e-5
+
+
+def test_clipping(tmp_path: Path) -> None:
+    """With max_grad_norm c, one SGD step of rate 1 moves the weights by c at most."""
+    before = torch.cat([p.detach().flatten() for p in make("gpt2").parameters()])
+    options = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 1, "lr_scheduler_type": "constant"}
+    after = trained(tmp_path, max_grad_norm=0.01, **options)
+    assert 0.0099 < float((after - before).norm()) < 0.0101
+
+
+def test_scheduler(tmp_path: Path) -> None:
+    """The learning rate follows the schedule: linear to zero."""
+    run = trainer(tmp_path)
+    run.train()
+    rates = [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_bf16(tmp_path: Path) -> None:
+    """Under bf16 autocast PC trains: errors stay float32, the loss is near that of float32."""
+    losses = []
+    for bf16 in (False, True):
+        run = trainer(tmp_path / str(bf16), bf16=bf16, max_steps=12)
+        run.train()
+        losses.append(run.evaluate()["eval_loss"])
+        assert all(entry["residual"] < 0.3 for entry in run.state.log_history if "residual" in entry)
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+@pytest.mark.parametrize("nodes", ["block", "linear"])
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, nodes: str) -> None:
+    """Activation checkpointing trains the same weights, with nodes outside and inside the checkpointed blocks."""
+    config = PCConfig(nodes=nodes, sweeps=3, relative_std=0.5)
+    plain = trained(tmp_path / "a", config)
+    model = make("gpt2")
+    model.gradient_checkpointing_enable()
+    checkpointed = trained(tmp_path / "b", config, model=model)
+    assert (plain - checkpointed).norm() / plain.norm() < 1e-5
+
+
+def test_evaluation_is_a_mean_over_tokens(tmp_path: Path) -> None:
+    """eval_loss is the cross-entropy per label token of a plain forward pass, gpt2's position 0 not counted."""
+    run = trainer(tmp_path, per_device_eval_batch_size=4)
+    nats = tokens = 0.0
+    model = run.model.eval()
+    for row in rows(10):
+        ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
+        nats += F.cross_entropy(model(ids[None]).logits[0, :-1], labels[1:], reduction="sum").item()
+        tokens += labels[1:].ne(-100).sum().item()
+    metrics = run.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(nats / tokens, rel=1e-6)
+    assert metrics["eval_perplexity"] == pytest.approx(torch.tensor(nats / tokens).exp().item(), rel=1e-5)
+
+
+def test_callbacks_see_the_regime(tmp_path: Path) -> None:
+    """Every log reaches callbacks with free energy, energy per node, residual, relaxed_fraction, sweeps, refusals."""
+    seen: list[dict[str, float]] = []
+
+    class Listener(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    trainer(tmp_path, callbacks=[Listener()]).train()
+    for logs in (entry for entry in seen if "loss" in entry):
+        parts = sum(value for name, value in logs.items() if name.startswith("energy/"))
+        assert logs["free_energy"] == pytest.approx(parts)
+        assert logs["sweeps"] == 3
+        assert {"residual", "relaxed_fraction", "displacement", "refused"} <= logs.keys()
+
+
+def test_relaxed_fraction_is_held(tmp_path: Path) -> None:
+    """Steering brings the relaxed fraction to its target."""
+    run = trainer(tmp_path, PCConfig(sweeps=3, relaxed_fraction=0.05), max_steps=40)
+    run.train()
+    last = [e["relaxed_fraction"] for e in run.state.log_history if "relaxed_fraction" in e][-10:]
+    assert sum(last) / len(last) == pytest.approx(0.05, rel=0.2)
+
+
+def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The energies reach TensorBoard as scalars."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    trainer(tmp_path / "run", report_to=["tensorboard"]).train()
+    found = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
+    tags: set[str] = set()
+    for folder in found:
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        tags.update(events.Tags()["scalars"])
+    assert {"train/free_energy", "train/relaxed_fraction"} <= tags
+
+
+def test_load_best_model_at_end(tmp_path: Path) -> None:
+    """The weights at the end are those of the checkpoint with the lowest eval_loss."""
+    saving = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    run = trainer(tmp_path, load_best_model_at_end=True, learning_rate=0.05, max_steps=6, **saving)
+    run.train()
+    losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_resume_is_exact(tmp_path: Path) -> None:
+    """Interrupted after two steps and resumed, with dropout and steering, the weights are bit for bit the same."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "dropout": 0.1}
+    whole = trained(tmp_path / "a", **saving)
+    resumed = trainer(tmp_path / "b", **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert torch.equal(whole, weights(resumed))
+
+
+def test_checkpoint_is_plain_and_says_how_it_learned(tmp_path: Path) -> None:
+    """A saved run loads with plain transformers, gives the same logits and holds pc_config.json."""
+    run = trainer(tmp_path)
+    run.train()
+    run.save_model()
+    ids = torch.tensor([rows(1)[0]["input_ids"]])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.eval()(ids).logits, run.model.eval()(ids).logits)
+    saved = json.loads((tmp_path / "pc_config.json").read_text())
+    assert PCConfig.from_dict(saved) == RELAXING
+
+
+def test_any_trainer_subclass(tmp_path: Path) -> None:
+    """The mixin works on a Trainer subclass, whose own overrides still run."""
+
+    class Counting(Trainer):
+        steps = 0
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            self.steps += 1
+            return super().training_step(*args, **kwargs)
+
+    class CountingPC(PCTrainerMixin, Counting):
+        pass
+
+    run = trainer(tmp_path, cls=CountingPC)
+    run.train()
+    assert run.steps == 4
+    assert any("free_energy" in entry for entry in run.state.log_history)
+
+
+class Poison(TrainerCallback):
+    """Puts a NaN into a weight of the second block before some steps, and takes it out afterwards."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self.steps, self.kept = steps, None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.weight = model.transformer.h[1].ln_1.weight.data
+        if state.global_step in self.steps:
+            self.kept = self.weight.clone()
+            self.before = [p.detach().clone() for p in model.parameters() if p.data_ptr() != self.weight.data_ptr()]
+            self.weight[0] = float("nan")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.kept is not None:
+            now = [p for p in model.parameters() if p.data_ptr() != self.weight.data_ptr()]
+            assert all(torch.equal(a, b) for a, b in zip(self.before, now, strict=True))
+            self.weight.copy_(self.kept)
+            self.kept = None
+
+
+def test_a_nonfinite_step_leaves_the_weights(tmp_path: Path) -> None:
+    """A step whose free energy is not finite changes no weight, and training goes on."""
+    after = trained(tmp_path, callbacks=[Poison({1})])
+    assert bool(after.isfinite().all())
+
+
+def test_persistent_nonfinite_energy_stops_the_run(tmp_path: Path) -> None:
+    """Three such steps in a row save a checkpoint and end the run with an error that names the node."""
+    run = trainer(tmp_path, callbacks=[Poison({0, 1, 2, 3, 4, 5})], max_steps=6)
+    with pytest.raises(NonFiniteEnergyError, match=r"transformer\.h\.1"):
+        run.train()
+    assert run.state.global_step == 3
+    assert (tmp_path / "checkpoint-3" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"compute_loss_func": lambda *a, **k: None}, "compute_loss_func"),
+        ({"torch_compile": True}, "torch_compile"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    """What predictive coding cannot do raises an error that names it, before training."""
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **options)
+
+
+def test_data_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several GPUs without a launcher are refused."""
+    monkeypatch.setattr(PCTrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="DataParallel"):
+        trainer(tmp_path)
+
+
+def test_labels_are_needed(tmp_path: Path) -> None:
+    """A batch without labels, or with every label ignored, is an error that says so."""
+    ids = rows(4)[0]["input_ids"]
+    with pytest.raises(ValueError, match="without labels"):
+        trainer(tmp_path, train_dataset=[{"input_ids": ids}] * 4).train()
+    with pytest.raises(ValueError, match="every label of the batch is ignored"):
+        trainer(tmp_path, train_dataset=[{"input_ids": ids, "labels": [-100] * 16}] * 4).train()
