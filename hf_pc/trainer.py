@@ -65,24 +65,24 @@ class TokenLossMixin(_TrainerPart):
     output: CategoricalOutput
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._refuse_unsupported()
+    def __init__(self, model: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
+        self._check(model, args, kwargs)  # before the Trainer makes its output folder
+        super().__init__(model, args, *rest, **kwargs)
+        if self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func is not supported: the output energy is computed from the logits")
         self.output = CategoricalOutput.of(self.model)
         self.model_accepts_loss_kwargs = True  # ask the Trainer to count label tokens, whatever the model's class
         self._loss_shifts_labels = self.output.shifted
         self._evaluated: list[Tensor] = []
         self._nats = self._tokens = 0.0
 
-    def _refuse_unsupported(self) -> None:
-        args: TrainingArguments = self.args
-        if args.label_smoothing_factor:
+    def _check(self, model: Any, args: TrainingArguments | None, kwargs: Mapping[str, Any]) -> None:
+        """Raise ValueError on what the output energy cannot do."""
+        if args is not None and args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={args.label_smoothing_factor} is not supported: the output energy is the "
                 "cross-entropy of the labels; use 0"
             )
-        if self.compute_loss_func is not None:
-            raise ValueError("compute_loss_func is not supported: the output energy is computed from the logits")
 
     def compute_loss(
         self,
@@ -145,10 +145,11 @@ class PCTrainerMixin(TokenLossMixin):
             predictive coding cannot do yet; raised before training starts.
     """
 
-    def __init__(self, *args: Any, pc_config: PCConfig | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, model: Any = None, args: Any = None, *rest: Any, pc_config: PCConfig | None = None, **kwargs: Any
+    ) -> None:
         self.pc_config = pc_config or PCConfig()
-        resolve(self.model, self.pc_config)  # complain now; hooks are attached when training starts
+        super().__init__(model, args, *rest, **kwargs)
         self.pc: PCModel | None = None
         self.stopped_by: str | None = None
         self.nonfinite_node: str | None = None
@@ -160,16 +161,20 @@ class PCTrainerMixin(TokenLossMixin):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(PCProgressCallback)
 
-    def _refuse_unsupported(self) -> None:
-        super()._refuse_unsupported()
-        if self.args.n_gpu > 1:
+    def _check(self, model: Any, args: TrainingArguments | None, kwargs: Mapping[str, Any]) -> None:
+        super()._check(model, args, kwargs)
+        if model is not None:
+            resolve(model, self.pc_config)  # complain now; hooks are attached when training starts
+        if args is None:
+            return
+        if args.n_gpu > 1:
             raise ValueError(
-                f"{self.args.n_gpu} GPUs without a launcher mean DataParallel, whose replicas cannot relax: start "
-                "with `accelerate launch` or torchrun, or show one GPU with CUDA_VISIBLE_DEVICES=0"
+                f"{args.n_gpu} GPUs without a launcher mean DataParallel, whose replicas cannot relax: start with "
+                "`accelerate launch` or torchrun, or show one GPU with CUDA_VISIBLE_DEVICES=0"
             )
-        if self.is_deepspeed_enabled:
+        if args.deepspeed:
             raise ValueError("DeepSpeed is not supported: it owns the backward pass")
-        if self.args.torch_compile:
+        if args.torch_compile:
             raise ValueError("torch_compile=True is not supported: a compiled model skips the hooks of the nodes")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:

@@ -1,0 +1,85 @@
+"""The example, end to end on a local file: what it leaves behind, and what it refuses before it starts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import run_clm_pc
+
+SMALL = "n_layer=2,n_embd=16,n_head=2,n_positions=32"
+KEYS = {
+    "pc_eval_loss", "pc_perplexity", "bp_eval_loss", "bp_perplexity", "relaxed_fraction", "residual", "regime",
+    "pc_step_seconds", "bp_step_seconds", "step_time_ratio",
+}  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(f"line {i}: the square of {i} is {i * i}." for i in range(400)) + "\n")
+    return path
+
+
+def run(tmp_path: Path, *flags: str) -> dict[str, Any]:
+    common = ["--output_dir", str(tmp_path / "out"), "--report_to", "none", "--use_cpu", "--disable_tqdm", "true"]
+    return run_clm_pc.main([*common, *flags])
+
+
+def test_what_a_run_leaves(tmp_path: Path, text: Path) -> None:
+    """Checkpoint, tokenizer, pc_config.json, card, figure and every figure of the table are in the output folder."""
+    flags = ["--block_size", "32", "--config_overrides", SMALL, "--max_steps", "4", "--logging_steps", "2"]
+    results = run(tmp_path, "--train_file", str(text), *flags, "--sweeps", "2", "--relaxed_fraction", "0.05")
+    out = tmp_path / "out"
+    assert set(results) == KEYS
+    assert json.loads((out / "all_results.json").read_text()) == results
+    assert json.loads((out / "pc_config.json").read_text())["sweeps"] == 2
+    AutoModelForCausalLM.from_pretrained(out)
+    assert AutoTokenizer.from_pretrained(out)("line")["input_ids"]
+    card = (out / "README.md").read_text()
+    assert "predictive-coding" in card
+    assert f"{results['pc_perplexity']:.2f}" in card
+    assert (out / "learning.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_resume_and_fine_tuning(tmp_path: Path, text: Path) -> None:
+    """A run resumes from its checkpoint, and a saved model is a start for the next run."""
+    flags = ["--train_file", str(text), "--block_size", "32", "--no_compare_bp", "--do_train", "--save_steps", "2"]
+    scratch = ["--config_overrides", SMALL]
+    run(tmp_path, *flags, *scratch, "--max_steps", "2")
+    run(tmp_path, *flags, *scratch, "--max_steps", "4", "--resume_from_checkpoint", "true")
+    assert (tmp_path / "out" / "checkpoint-4").is_dir()
+    model = str(tmp_path / "out" / "checkpoint-4")
+    run(tmp_path / "next", *flags, "--model_name_or_path", model, "--max_steps", "1")
+    assert (tmp_path / "next" / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        (None, [], "there is no such file"),
+        (b"", [], "is empty"),
+        (b"caf\xe9 \n", [], "is not UTF-8"),
+        (b"some text\n" * 50, ["--block_size", "64"], "over the 32 positions"),
+        (b"some text\n" * 50, ["--sweeps", "0"], "sweeps=0"),
+        (
+            b"".join(b"line %d, %d\n" % (i, i * i) for i in range(300)),
+            ["--nodes", "blok", "--block_size", "16"],
+            "neither a preset",
+        ),
+    ],
+)
+def test_bad_input_leaves_no_folder(tmp_path: Path, content: bytes | None, flags: list[str], message: str) -> None:
+    """Bad input is an error that names it, before training starts, and no output folder is made."""
+    path = tmp_path / "bad.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, "--train_file", str(path), "--config_overrides", SMALL, *flags)
+    assert not (tmp_path / "out").exists()
