@@ -68,8 +68,6 @@ class TokenLossMixin(_TrainerPart):
     def __init__(self, model: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
         self._check(model, args, kwargs)  # before the Trainer makes its output folder
         super().__init__(model, args, *rest, **kwargs)
-        if self.compute_loss_func is not None:
-            raise ValueError("compute_loss_func is not supported: the output energy is computed from the logits")
         self.output = CategoricalOutput.of(self.model)
         self.model_accepts_loss_kwargs = True  # ask the Trainer to count label tokens, whatever the model's class
         self._loss_shifts_labels = self.output.shifted
@@ -78,6 +76,8 @@ class TokenLossMixin(_TrainerPart):
 
     def _check(self, model: Any, args: TrainingArguments | None, kwargs: Mapping[str, Any]) -> None:
         """Raise ValueError on what the output energy cannot do."""
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func is not supported: the output energy is computed from the logits")
         if args is not None and args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={args.label_smoothing_factor} is not supported: the output energy is the "
