@@ -73,6 +73,8 @@ class TokenLossMixin(_TrainerPart):
         self._loss_shifts_labels = self.output.shifted
         self._evaluated: list[Tensor] = []
         self._nats = self._tokens = 0.0
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(PCProgressCallback)
 
     def _check(self, model: Any, args: TrainingArguments | None, kwargs: Mapping[str, Any]) -> None:
         """Raise ValueError on what the output energy cannot do."""
@@ -158,8 +160,6 @@ class PCTrainerMixin(TokenLossMixin):
         patience = getattr(self.args, "nonfinite_patience", PCTrainingArguments.nonfinite_patience)
         self.add_callback(SteeringCallback(self))
         self.add_callback(NonFiniteGuard(self, patience))
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(PCProgressCallback)
 
     def _check(self, model: Any, args: TrainingArguments | None, kwargs: Mapping[str, Any]) -> None:
         super()._check(model, args, kwargs)

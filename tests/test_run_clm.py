@@ -45,6 +45,7 @@ def test_what_a_run_leaves(tmp_path: Path, text: Path) -> None:
     card = (out / "README.md").read_text()
     assert "predictive-coding" in card
     assert f"{results['pc_perplexity']:.2f}" in card
+    assert "backprop |\n|---|---|---|\n| validation loss" in card  # rows of one table, no gaps
     assert (out / "learning.png").read_bytes().startswith(b"\x89PNG")
 
 
