@@ -21,6 +21,11 @@ class SteeringCallback(TrainerCallback):
         if self.trainer.pc is not None:
             self.trainer.pc.steer(self.trainer.reduce_sums)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step >= state.max_steps:  # the regime of the last steps is logged too, however short the run
+            control.should_log = True
+        return control
+
 
 class NonFiniteGuard(TrainerCallback):
     """Skips the update of a step whose free energy or gradient is not finite; saves and stops if that persists."""

@@ -136,6 +136,13 @@ def test_callbacks_see_the_regime(tmp_path: Path) -> None:
         assert {"residual", "relaxed_fraction", "displacement", "refused"} <= logs.keys()
 
 
+def test_a_short_run_is_logged(tmp_path: Path) -> None:
+    """A run shorter than logging_steps still logs its regime, at its last step."""
+    run = trainer(tmp_path, logging_steps=500)
+    run.train()
+    assert [entry["step"] for entry in run.state.log_history if "relaxed_fraction" in entry] == [4]
+
+
 def test_relaxed_fraction_is_held(tmp_path: Path) -> None:
     """Steering brings the relaxed fraction to its target."""
     run = trainer(tmp_path, PCConfig(sweeps=3, relaxed_fraction=0.05), max_steps=40)
