@@ -84,3 +84,16 @@ def test_bad_input_leaves_no_folder(tmp_path: Path, content: bytes | None, flags
     with pytest.raises(ValueError, match=message):
         run(tmp_path, "--train_file", str(path), "--config_overrides", SMALL, *flags)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_data_set_by_name(tmp_path: Path, text: Path) -> None:
+    """`--dataset_name` takes a folder as load_dataset does; its column "text" is read and its splits are kept."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        rows = [json.dumps({"id": i, "text": line}) for i, line in enumerate(text.read_text().splitlines())]
+        (folder / f"{split}.jsonl").write_text("\n".join(rows))
+    flags = ["--block_size", "32", "--config_overrides", SMALL, "--max_steps", "1", "--no_compare_bp"]
+    results = run(tmp_path, "--dataset_name", str(folder), *flags)
+    assert results["pc_perplexity"] > 1
+    assert "corpus" in (tmp_path / "out" / "README.md").read_text()
