@@ -14,6 +14,7 @@ from hf_pc.registry import nearest
 
 PC_CONFIG_NAME = "pc_config.json"
 DEFAULT_RELAXED_FRACTION = 0.03
+WEIGHT_UPDATES = ("final", "every_sweep")
 DROPOUT_POLICIES = ("replay", "off")
 
 
@@ -45,6 +46,7 @@ class NodeSpec:
             a regular expression that matches the whole name.
         energy: the name of a registered energy; None takes `PCConfig.energy`.
         precision: 1 / sigma^2 of this node's energy; None takes the strength of the PCConfig.
+        step_factor: how large this node's steps are beside those of the others.
 
     Raises:
         ValueError: a field is out of range; the message names it.
@@ -53,6 +55,7 @@ class NodeSpec:
     pattern: str
     energy: str | None = None
     precision: float | None = None
+    step_factor: float = 1.0
 
     def __post_init__(self) -> None:
         _check_string("NodeSpec", "pattern", self.pattern)
@@ -60,6 +63,7 @@ class NodeSpec:
             _check_string("NodeSpec", "energy", self.energy)
         if self.precision is not None:
             _check_positive("NodeSpec", "precision", self.precision)
+        _check_positive("NodeSpec", "step_factor", self.step_factor)
 
     @classmethod
     def parse(cls, value: object) -> NodeSpec:
@@ -86,6 +90,8 @@ class PCConfig:
     Args:
         nodes: a preset ("block", "sublayer", "linear"), a pattern, or a list of patterns and `NodeSpec`s.
         energy: the energy of internal nodes, the name of a registered energy.
+        output: the output node's energy: "categorical", "gaussian", "bernoulli", or "auto" for what the model's
+            own loss does with labels.
         precision: 1 / sigma^2, the same for every node.
         relative_std: sigma as a multiple of the RMS over features of each token's prediction.
         relaxed_fraction: a target for the share of the output error that relaxation changes. A controller steers
@@ -93,6 +99,10 @@ class PCConfig:
         solver: the name of a registered solver.
         sweeps: passes over the network per step, T >= 1, the learning pass included. T = 1 is backprop.
         step_size: "auto" (each sequence's free energy never rises) or a number in units of 1/precision.
+        state_optimizer: the name of a class of torch.optim that moves the states of the `state` and `lagrangian`
+            solvers; `step_size` is its learning rate. None steps down the gradient.
+        weight_update: "final" (weights learn once the states have relaxed) or "every_sweep" (incremental PC, arXiv
+            2212.00720: weights move with the states, by the Trainer's optimizer; solvers "state" and "lagrangian").
         tolerance: a sequence whose residual is under this stops relaxing; 0 never stops early.
         dropout: "replay" (each sweep of a step sees the same mask) or "off" (no dropout while training by PC).
 
@@ -106,6 +116,7 @@ class PCConfig:
         default="block", metadata={"help": "Preset (block, sublayer, linear) or pattern; several separated by commas."}
     )
     energy: str = field(default="gaussian", metadata={"help": "Energy of internal nodes."})
+    output: str = field(default="auto", metadata={"help": "Energy of the output: categorical, gaussian, bernoulli."})
     precision: float | None = field(default=None, metadata={"help": "Fixed 1/sigma^2 of every node."})
     relative_std: float | None = field(
         default=None, metadata={"help": "sigma as a multiple of each token's prediction RMS."}
@@ -119,6 +130,10 @@ class PCConfig:
     step_size: float | str | None = field(
         default="auto", metadata={"help": '"auto" or a number, units of 1/precision.'}
     )
+    state_optimizer: str | None = field(default=None, metadata={"help": "A class of torch.optim for the states."})
+    weight_update: Literal["final", "every_sweep"] = field(
+        default="final", metadata={"help": "Weights move after relaxation, or at every sweep (iPC)."}
+    )
     tolerance: float = field(default=0.0, metadata={"help": "Residual under which a sequence stops relaxing."})
     dropout: Literal["replay", "off"] = field(
         default="replay", metadata={"help": "Same mask in every sweep of a step, or no dropout."}
@@ -126,13 +141,14 @@ class PCConfig:
 
     def __post_init__(self) -> None:
         from hf_pc.energies import ENERGIES
+        from hf_pc.output import OUTPUTS
         from hf_pc.solvers import SOLVERS
 
         self._normalise_nodes()
-        for name, registry in (("energy", ENERGIES), ("solver", SOLVERS)):
+        for name, registry in (("energy", ENERGIES), ("solver", SOLVERS), ("output", OUTPUTS)):
             value = getattr(self, name)
             _check_string("PCConfig", name, value)
-            if value not in registry:
+            if value not in registry and (name, value) != ("output", "auto"):
                 allowed = ", ".join(map(repr, registry.names()))
                 raise ValueError(f"PCConfig.{name}={value!r} is unknown; allowed: {allowed}")
         strengths = {n: getattr(self, n) for n in ("precision", "relative_std", "relaxed_fraction")}
@@ -149,11 +165,31 @@ class PCConfig:
         if not isinstance(self.sweeps, int) or isinstance(self.sweeps, bool) or self.sweeps < 1:
             raise ValueError(f"PCConfig.sweeps={self.sweeps!r} is not allowed: a whole number of at least 1 is needed")
         self._normalise_step_size()
+        self._check_solver(SOLVERS[self.solver])
         tolerance_ok = isinstance(self.tolerance, (int, float)) and not isinstance(self.tolerance, bool)
         if not tolerance_ok or not 0 <= self.tolerance < 1:
             raise ValueError(f"PCConfig.tolerance={self.tolerance!r} is not allowed: 0 <= tolerance < 1 is needed")
         if self.dropout not in DROPOUT_POLICIES:
             raise ValueError(f"PCConfig.dropout={self.dropout!r} is unknown; allowed: {DROPOUT_POLICIES}")
+
+    def _check_solver(self, solver: Any) -> None:
+        name, update = self.state_optimizer, self.weight_update
+        if update not in WEIGHT_UPDATES:
+            raise ValueError(f"PCConfig.weight_update={update!r} is unknown; allowed: {WEIGHT_UPDATES}")
+        if update == "every_sweep" and not solver.moves_weights:
+            raise ValueError(f"PCConfig.weight_update={update!r} needs solver='state', not {self.solver!r}")
+        if name is None:
+            return
+        import torch
+
+        if not isinstance(getattr(torch.optim, str(name), None), type) or name in ("Optimizer", "LBFGS"):
+            raise ValueError(f"PCConfig.state_optimizer={name!r} is no class of torch.optim, such as 'SGD' or 'Adam'")
+        if not solver.takes_optimizer:
+            raise ValueError(f"PCConfig.state_optimizer={name!r} needs solver='state', not {self.solver!r}")
+        if self.step_size == "auto":
+            raise ValueError(
+                f"PCConfig.state_optimizer={name!r} needs a number as step_size, its learning rate; it is 'auto'"
+            )
 
     def _normalise_nodes(self) -> None:
         if isinstance(self.nodes, str):

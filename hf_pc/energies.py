@@ -2,15 +2,19 @@
 
 Every energy works on the error e = x - mu and the prediction mu, because a small error beside a large prediction
 would be lost in x. Values are nats, summed over the features of a token and over nothing else: [..., features] gives
-[...]. Gradients have the shape of the state. Source: Pinchetti et al. 2022, arXiv 2211.03481, section 3; the output
-node's energy, the cross-entropy of the labels, is in `hf_pc.output`.
+[...]. Gradients have the shape of the state. Each energy is p KL[X(x) || X(mu)] of a distribution X with natural
+parameter or mean x (Pinchetti et al. 2022, arXiv 2211.03481, section 3); p is the precision. The energies of output
+nodes, where x is data, are in `hf_pc.output`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_pc.registry import Registry
@@ -24,6 +28,8 @@ class Energy(ABC):
 
     #: whether the gradients need mu itself; the Gaussian's depend on the error alone
     uses_prediction: bool = True
+    #: whether E is zero where x = mu
+    zero_at_rest: bool = True
 
     @abstractmethod
     def energy(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
@@ -36,6 +42,34 @@ class Energy(ABC):
     @abstractmethod
     def grad_prediction(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
         """dE/dmu at fixed x: the signal that a node's own weights learn from."""
+
+    def precondition(self, gradient: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
+        """The gradient divided by the curvature d2E/dx2 at e = 0, so that a full step minimises E plus a plane."""
+        return gradient / precision
+
+    def square(self, gradient: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
+        """|gradient|^2 in units of the curvature, per token, [..., 1]: nats, whatever the scale of the states."""
+        return (gradient * self.precondition(gradient, prediction, precision)).sum(-1, keepdim=True)
+
+    def strength(self, prediction: Tensor, relative_std: float) -> Tensor:
+        """The precision for a relative_std: in units of each token's own activity, [..., 1]."""
+        return relative_precision(prediction, relative_std)
+
+    def check(self, prediction: Tensor, name: str) -> None:
+        """Raise ValueError if a node with this prediction, [..., features], cannot have this energy."""
+
+    def observe(self, error: Tensor, precision: Tensor) -> None:
+        """Note the errors of a learned batch, [..., features]; for energies with parameters of their own."""
+
+    def step(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Learn from what was noted, once per optimiser step; `reduce` sums a tensor over processes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `step` has learned, ready for JSON."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
 
 
 ENERGIES: Registry[type[Energy]] = Registry("energy")
@@ -59,6 +93,191 @@ class GaussianEnergy(Energy):
 
     def grad_prediction(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
         return -precision * error
+
+    def square(self, gradient: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
+        squares: Tensor = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True).square() / precision
+        return squares
+
+
+@register_energy("laplace")
+class LaplaceEnergy(Energy):
+    """KL of Laplace distributions of scale b = 1/sqrt(p): u + exp(-u) - 1 with u = |x - mu| / b, summed.
+
+    Quadratic like a Gaussian of precision p near zero, linear far out: one large error costs little.
+    """
+
+    uses_prediction = False
+
+    def energy(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
+        u = error.abs() * precision.sqrt()
+        total: Tensor = (u + torch.expm1(-u)).sum(-1)
+        return total
+
+    def grad_state(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
+        scale = precision.sqrt()
+        return -scale * error.sign() * torch.expm1(-error.abs() * scale)
+
+    def grad_prediction(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
+        return -self.grad_state(error, prediction, precision)
+
+
+class LogitEnergy(Energy):
+    """Of distributions whose parameters are logits: their unit is the nat, whatever the activity of the node."""
+
+    #: least curvature that preconditioning divides by, so that features of vanishing probability stay put
+    CURVATURE_FLOOR = 1e-3
+
+    @abstractmethod
+    def curvature(self, prediction: Tensor) -> Tensor:
+        """The diagonal of d2E/dx2 at e = 0 and p = 1, shaped as the state."""
+
+    def precondition(self, gradient: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
+        assert prediction is not None
+        return gradient / (precision * self.curvature(prediction).clamp_min(self.CURVATURE_FLOOR))
+
+    def strength(self, prediction: Tensor, relative_std: float) -> Tensor:
+        return torch.full((), relative_std**-2, dtype=wide(prediction).dtype, device=prediction.device)
+
+
+@register_energy("categorical")
+class CategoricalEnergy(LogitEnergy):
+    """p KL[s(x) || s(mu)], s the softmax over features (arXiv 2211.03481, section 3.2). Masked logits may be -inf."""
+
+    def energy(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
+        assert prediction is not None
+        ratio, below, state = self._compare(error, prediction)
+        # both forms are sum s(x) log(s(x)/s(mu)) with sum s(x) - s(mu) = 0 added, so that no term is negative; the
+        # first keeps its digits where x is near mu
+        near = below * (ratio * ratio.clamp(max=1.0).exp() - torch.expm1(ratio.clamp(max=1.0)))
+        divergence: Tensor = torch.where(ratio.abs() < 1, near, state * ratio - state + below).sum(-1)
+        return divergence * self._per_token(precision)
+
+    def grad_state(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
+        assert prediction is not None
+        ratio, _, state = self._compare(error, prediction)
+        return precision * state * (ratio - (state * ratio).sum(-1, keepdim=True))
+
+    def grad_prediction(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
+        assert prediction is not None
+        ratio, below, state = self._compare(error, prediction)
+        return -precision * torch.where(ratio.abs() < 1, below * torch.expm1(ratio.clamp(max=1.0)), state - below)
+
+    def curvature(self, prediction: Tensor) -> Tensor:
+        return wide(prediction).softmax(-1)
+
+    def check(self, prediction: Tensor, name: str) -> None:
+        if prediction.shape[-1] < 2:
+            raise ValueError(
+                f"node {name!r} has width {prediction.shape[-1]}: a categorical energy needs two features or more"
+            )
+
+    @staticmethod
+    def _compare(error: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log s(x)/s(mu), which is zero where both are, s(mu) and s(x)."""
+        prediction = prediction.to(error.dtype)
+        log_below = prediction.log_softmax(-1)
+        below = log_below.exp()
+        small = (error.abs() * (below > 0)).amax(-1, keepdim=True) < 1
+        near = torch.log1p((below * torch.expm1(error.clamp(-1, 1))).sum(-1, keepdim=True).clamp_min(-0.99))
+        far = (log_below + error).logsumexp(-1, keepdim=True)
+        ratio = error - torch.where(small, near, far)
+        state = (log_below + ratio).exp()
+        return torch.where((below > 0) | (state > 0), ratio, 0), below, state
+
+    @staticmethod
+    def _per_token(precision: Tensor) -> Tensor:
+        return precision.squeeze(-1) if precision.dim() else precision
+
+
+@register_energy("bernoulli")
+class BernoulliEnergy(LogitEnergy):
+    """p KL[s(x) || s(mu)] of independent Bernoulli variables, s the sigmoid of each feature, summed over features."""
+
+    def energy(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
+        assert prediction is not None
+        mu = prediction.to(error.dtype)
+        x = mu + error
+        # softplus(mu) - softplus(x) through its own divergence: written so that no large terms cancel
+        divergence = torch.sigmoid(x) * error + F.logsigmoid(-x) - F.logsigmoid(-mu)
+        total: Tensor = (precision * divergence).sum(-1)
+        return total
+
+    def grad_state(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
+        assert prediction is not None
+        return precision * self.curvature(prediction.to(error.dtype) + error) * error
+
+    def grad_prediction(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
+        assert prediction is not None
+        mu = prediction.to(error.dtype)
+        return precision * (torch.sigmoid(mu) - torch.sigmoid(mu + error))
+
+    def curvature(self, prediction: Tensor) -> Tensor:
+        values = wide(prediction)
+        return torch.sigmoid(values) * torch.sigmoid(-values)
+
+
+@register_energy("learned_variance")
+class LearnedVarianceEnergy(Energy):
+    """Gaussian whose log sigma is learned, one per feature: sum of p/2 (x - mu)^2 / sigma^2 + log sigma.
+
+    sigma starts at 1, in units of 1/sqrt(p), and after each optimiser step goes down this energy's own gradient,
+    1 - p (x - mu)^2 / sigma^2, averaged over tokens. A floor keeps it from the collapse in which ever smaller errors
+    ask for an ever smaller sigma (arXiv 2211.03481, section 3.1, and FIELD's learned precision with a floor).
+    """
+
+    uses_prediction = False
+    zero_at_rest = False
+    RATE, LIMIT = 0.05, 2.0
+
+    def __init__(self) -> None:
+        self.log_std: Tensor | None = None  # [features]
+        self._gradient: Tensor | None = None
+        self._tokens = 0
+
+    def check(self, prediction: Tensor, name: str) -> None:
+        if self.log_std is None:
+            self.log_std = torch.zeros(prediction.shape[-1], dtype=torch.float64)
+        elif len(self.log_std) != prediction.shape[-1]:
+            raise ValueError(
+                f"node {name!r} has width {prediction.shape[-1]}, its learned variance {len(self.log_std)}"
+            )
+
+    def _scaled(self, precision: Tensor) -> Tensor:
+        assert self.log_std is not None
+        return precision * (-2 * self.log_std).exp().to(precision)
+
+    def energy(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
+        assert self.log_std is not None
+        total: Tensor = (0.5 * self._scaled(precision) * error.square()).sum(-1) + self.log_std.sum().to(error)
+        return total
+
+    def grad_state(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
+        return self._scaled(precision) * error
+
+    def grad_prediction(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
+        return -self._scaled(precision) * error
+
+    def precondition(self, gradient: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
+        return gradient / self._scaled(precision)
+
+    def observe(self, error: Tensor, precision: Tensor) -> None:
+        gradient = (1 - self._scaled(precision) * error.square()).flatten(0, -2).sum(0).double().cpu()
+        self._gradient = gradient if self._gradient is None else self._gradient + gradient
+        self._tokens += error.numel() // error.shape[-1]
+
+    def step(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        if self._gradient is None or self.log_std is None:
+            return
+        total = reduce(torch.cat([self._gradient, torch.tensor([float(self._tokens)], dtype=torch.float64)]))
+        self.log_std = (self.log_std - self.RATE * total[:-1] / total[-1]).clamp(-self.LIMIT, self.LIMIT)
+        self._gradient, self._tokens = None, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.log_std is None else {"log_std": self.log_std.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "log_std" in state:
+            self.log_std = torch.tensor(state["log_std"], dtype=torch.float64)
 
 
 def relative_precision(prediction: Tensor, relative_std: float) -> Tensor:

@@ -11,7 +11,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hf_pc.config import PCConfig
 from hf_pc.node import LEARN, RELAX, Node
-from hf_pc.output import CategoricalOutput, auxiliary_loss
+from hf_pc.output import Output, auxiliary_loss
 from hf_pc.placement import resolve
 from hf_pc.relaxation import Relaxation, add_sums, regime, relaxed_fraction, summary
 from hf_pc.rng import RandomState
@@ -79,9 +79,8 @@ class PCModel:
         self.model = model
         self.config = config or PCConfig()
         self.nodes: list[Node] = resolve(model, self.config)
-        self.output = CategoricalOutput.of(model)
-        assert self.config.step_size is not None
-        self.solver = SOLVERS[self.config.solver](self.config.sweeps, self.config.step_size, self.config.tolerance)
+        self.output = Output.of(model, self.config.output)
+        self.solver = SOLVERS[self.config.solver](self.config)
         self.relative_std = self.config.relative_std or INITIAL_RELATIVE_STD
         self.relaxation: Relaxation | None = None
         self._random: RandomState | None = None
@@ -120,20 +119,39 @@ class PCModel:
     def _pass(self, forward: Callable[..., Any], batch: Mapping[str, Any], labels: Tensor) -> tuple[Any, Tensor]:
         """One forward pass at the current errors: the model's output and the output energy, nats, [batch]."""
         assert self._random is not None
-        self._random.restore()
-        outputs = forward(**batch)
-        energy = self.output.energy(outputs["logits"], labels)
         assert self.relaxation is not None
+        self._random.restore()
+        try:
+            outputs = forward(**batch)
+        except RuntimeError as error:
+            if not self.solver.recover(self.relaxation, error):
+                raise
+            self.relaxation.again()
+            self._random.restore()
+            outputs = forward(**batch)
+        energy = self.output.total(outputs, labels)
         self.relaxation.note_output(energy)
         return outputs, energy
 
     @contextmanager
-    def relaxed(self, inputs: Mapping[str, Any]) -> Iterator[Relaxation]:
+    def relaxed(
+        self, inputs: Mapping[str, Any], weight_step: Callable[[Tensor], None] | None = None
+    ) -> Iterator[Relaxation]:
         """Relax the errors to a batch; inside the context, `learning_pass` is the last sweep.
 
         Weights do not require grad while the errors relax, so nothing is computed or kept for them. However the
         context is left, the model evaluates as before and its parameters require grad as before.
+
+        Args:
+            inputs: what the model's forward takes, with labels.
+            weight_step: with `weight_update="every_sweep"`, what to do with each sweep's loss: `backward()` and a
+                step of the weights' optimizer.
         """
+        if (weight_step is None) != (self.config.weight_update == "final"):
+            raise ValueError(
+                f"weight_update={self.config.weight_update!r} moves the weights while the states relax, which takes "
+                "an optimizer: use PCTrainer"
+            )
         if not self._handles:
             raise RuntimeError("this PCModel is detached: attach() it first")
         if self.relaxation is not None:
@@ -141,13 +159,14 @@ class PCModel:
         batch, labels = self._split(inputs)
         count = labels.ne(-100).sum()
         fixed = self.config.precision
-        self.relaxation = Relaxation(len(labels), count, fixed, self.relative_std)
+        self.relaxation = Relaxation(len(labels), count, fixed, self.relative_std, self.solver.join)
+        self.relaxation.weights = [p for p in self.model.parameters() if p.requires_grad]
         self._random = RandomState(p.device for p in self.model.parameters())
         try:
             with self._dropout():
-                with self._frozen():
+                with nullcontext() if weight_step else self._frozen():
                     self._confirm = self.solver.relax(
-                        self.relaxation, lambda: self._pass(self.model, batch, labels)[1]
+                        self.relaxation, lambda: self._pass(self.model, batch, labels)[1], weight_step
                     )
                 yield self.relaxation
         finally:
@@ -159,6 +178,8 @@ class PCModel:
     ) -> tuple[Tensor, Any]:
         """The last sweep's forward pass: the summed output energy, nats, to divide and call `backward()` on.
 
+        In RELAX mode it is the output energy of each sequence, [batch], for the solver's `gradients`.
+
         Args:
             inputs: the batch that `relaxed` was given.
             forward: what to call instead of the model, such as its distributed wrapper.
@@ -166,13 +187,15 @@ class PCModel:
         assert self.relaxation is not None
         assert self._confirm is not None
         batch, labels = self._split(inputs)
+        forward = forward or self.model
+        self.relaxation.bare = forward is self.model
         self.relaxation.begin(mode)
-        outputs, energy = self._pass(forward or self.model, batch, labels)
+        outputs, energy = self._pass(forward, batch, labels)
         if not self._confirm(energy):
             del outputs
             self.relaxation.begin(mode)
-            outputs, energy = self._pass(forward or self.model, batch, labels)
-        return self.relaxation.loss(energy), outputs
+            outputs, energy = self._pass(forward, batch, labels)
+        return energy if mode == RELAX else self.relaxation.loss(energy), outputs
 
     def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
         batch, labels = self.output.split(inputs)
@@ -229,8 +252,8 @@ class PCModel:
             with self.relaxed(inputs) as relaxation:
                 if mode == RELAX:
                     with self._frozen():
-                        loss, _ = self.learning_pass(inputs, mode=RELAX)
-                        torch.autograd.grad(loss, relaxation.errors, allow_unused=True)
+                        energy, _ = self.learning_pass(inputs, mode=RELAX)
+                        self.solver.gradients(relaxation, energy)
                 else:
                     loss, outputs = self.learning_pass(inputs)
                     divisor = relaxation.tokens if items is None else items
@@ -249,6 +272,7 @@ class PCModel:
 
     def observe(self, relaxation: Relaxation) -> dict[str, Tensor]:
         """Note a learned batch for `steer`, and return its measurements as sums."""
+        self.solver.close(relaxation)
         sums = relaxation.sums()
         add_sums(self._steering, {name: sums[name] for name in ("change", "reference")})
         return sums
@@ -262,6 +286,8 @@ class PCModel:
         Args:
             reduce: sums a tensor over processes.
         """
+        for node in self.nodes:
+            node.energy.step(reduce)
         target, seen = self.config.relaxed_fraction, self._steering
         self._steering = {}
         if target is None or self.config.sweeps == 1 or not seen:
@@ -273,9 +299,10 @@ class PCModel:
         step = 0.5 * STEERING_GAIN * math.log(target / max(measured, 1e-6 * target))
         self.relative_std *= math.exp(max(-STEERING_LIMIT, min(STEERING_LIMIT, step)))
 
-    def state_dict(self) -> dict[str, float]:
-        """What steering has learned, for an exact resume."""
-        return {"relative_std": self.relative_std}
+    def state_dict(self) -> dict[str, Any]:
+        """What steering and the energies have learned, for an exact resume; ready for JSON."""
+        energies = {node.name: state for node in self.nodes if (state := node.energy.state_dict())}
+        return {"relative_std": self.relative_std} | ({"energies": energies} if energies else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`. Raises ValueError on anything else."""
@@ -283,6 +310,8 @@ class PCModel:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"relative_std={value!r} is not allowed: a number above 0 is needed")
         self.relative_std = float(value)
+        for node in self.nodes:
+            node.energy.load_state_dict(state.get("energies", {}).get(node.name, {}))
 
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write the model as transformers does, and `pc_config.json` beside it."""

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_pc.energies import Energy, relative_precision, wide
+from hf_pc.energies import Energy, wide
 
 RELAX, LEARN = "relax", "learn"
 
@@ -37,13 +37,17 @@ class Node:
         module: the module itself.
         energy: the divergence between the node's state and its prediction.
         precision: 1 / sigma^2 for this node alone; None leaves it to the configuration.
+        step_factor: how large this node's steps are beside those of the others.
     """
 
-    def __init__(self, name: str, module: nn.Module, energy: Energy, precision: float | None = None) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, energy: Energy, precision: float | None = None, step_factor: float = 1.0
+    ) -> None:
         self.name = name
         self.module = module
         self.energy = energy
         self.precision = precision
+        self.step_factor = step_factor
 
     def attach(self, visit: Callable[[Node, Tensor], Tensor | None]) -> Any:
         """Let `visit(node, mu)` replace the module's output; None leaves it as it is. Returns the hook's handle."""
@@ -66,9 +70,10 @@ class Node:
 class Site:
     """One firing of a node in one batch: its error, and what the passes measure there.
 
-    A module that runs several times in one pass (shared layers) has as many sites. Sums are per sequence, [batch],
-    float64: `energy` in nats, `error_square` and `prediction_square` sums of squares; `gradient_square` and
-    `signal_square` are |dF/de|^2 and |g|^2 in units of 1/p.
+    A module that runs several times in one pass (shared layers) has as many sites. `leaf` is what the solver moves,
+    the error or the state; `error` is x - mu at the last pass, `prediction` mu where the energy needs it. Sums are per
+    sequence, [batch], float64: `energy` in nats, `error_square` and `prediction_square` sums of squares;
+    `gradient_square` and `signal_square` are |dF/dx|^2 and |g|^2 in units of the energy's curvature.
     """
 
     def __init__(
@@ -80,18 +85,30 @@ class Site:
         device = mu.device.type
         #: what the module computes in; a residual stream stays float32 under autocast
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else mu.dtype
-        self.error = torch.zeros_like(wide(mu), requires_grad=True)
+        self.error = torch.zeros_like(wide(mu))
+        self.leaf: Tensor
+        self.prediction: Tensor | None = None
+        # of solvers that differentiate piece by piece: g, dF/dx, and a Lagrange multiplier
+        self.signal: Tensor
+        self.gradient: Tensor
+        self.multiplier: Tensor
+        node.energy.check(mu, node.name)
         fixed = node.precision if node.precision is not None else precision
         if fixed is not None:
             self.precision = torch.full((), fixed, dtype=self.error.dtype, device=mu.device)
         else:
             assert relative_std is not None
-            self.precision = relative_precision(mu, relative_std)
+            self.precision = node.energy.strength(mu, relative_std)
         self.energy: Tensor
         self.error_square: Tensor
         self.prediction_square: Tensor
         self.gradient_square: Tensor
         self.signal_square: Tensor
+
+    def step(self, gradient: Tensor) -> Tensor:
+        """A full step against `gradient`: to the minimum of the node's energy plus a plane of that slope."""
+        step = self.node.energy.precondition(gradient, self.prediction, self.precision)
+        return step if self.node.step_factor == 1 else self.node.step_factor * step
 
     def per_sequence(self, values: Tensor, batch: int) -> Tensor:
         """Sums over all but the batch, [batch], float64. `values` has the state's leading dimensions."""
@@ -124,17 +141,14 @@ class NodeFunction(torch.autograd.Function):
     def forward(ctx: Any, mu: Tensor, error: Tensor, site: Site, sweep: Any) -> Tensor:
         ctx.site, ctx.sweep = site, sweep
         ctx.dtype = mu.dtype
-        if site.node.energy.uses_prediction:
-            ctx.save_for_backward(error, mu)
-        else:
-            ctx.save_for_backward(error)
+        ctx.save_for_backward(error)
         return mu.view_as(mu) if sweep.at_rest else (wide(mu) + error).to(mu.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
         site, sweep = ctx.site, ctx.sweep
-        error, *rest = ctx.saved_tensors
-        mu = wide(rest[0]) if rest else None
+        (error,) = ctx.saved_tensors
+        mu = site.prediction
         energy: Energy = site.node.energy
         scaled = isinstance(sweep.scale, Tensor)  # a relaxing sweep's loss is the energy itself
         signal = wide(g) / sweep.scale if scaled else wide(g)
@@ -142,7 +156,8 @@ class NodeFunction(torch.autograd.Function):
         gradient = signal if sweep.at_rest else energy.grad_state(error, mu, site.precision) + signal
         sweep.measure(site, signal, gradient)
         if sweep.mode == LEARN:
-            target = error - sweep.step_size * gradient / site.precision
+            target = error - sweep.step_size * site.step(gradient)
+            energy.observe(target, site.precision)
             down = energy.grad_prediction(target, mu, site.precision)
         elif mu is None or sweep.at_rest:
             down = signal

@@ -1,4 +1,4 @@
-"""The output node: cross-entropy of the labels, per sequence, from a model's logits.
+"""The output node: the energy of the labels, per sequence, from a model's logits.
 
 transformers' own losses are means whose denominator depends on the class (several classes ignore
 `num_items_in_batch`, gpt2's evaluation counts a position that is no target). Here the sum over label tokens is
@@ -7,15 +7,18 @@ computed once and the caller divides it once.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_pc.registry import Registry
 
 IGNORED = -100
 
@@ -27,40 +30,49 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class CategoricalOutput:
-    """Categorical output energy, L = -log softmax(logits)[label] (arXiv 2211.03481, section 3.2).
+class Output(ABC):
+    """The energy of the output node, -log p(labels | logits): what a model predicts against the data.
 
     Args:
         shifted: logits at position i predict the label at i + 1, as in causal language models.
         keep_labels: labels stay among the model's inputs, as encoder-decoders build the decoder's input from them.
     """
 
-    shifted: bool
+    shifted: bool = False
     keep_labels: bool = False
+    #: whether exp(nats per label) is a perplexity
+    has_perplexity: ClassVar[bool] = False
 
     @classmethod
-    def of(cls, model: nn.Module) -> CategoricalOutput:
-        """The output energy that fits a transformers model: what its own loss does with labels."""
+    def of(cls, model: nn.Module, name: str = "auto") -> Output:
+        """The output energy of a model: the one named, or with "auto" what its own loss does with labels."""
         base = base_model(model)
-        encoder_decoder = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+        config = getattr(base, "config", None)
+        encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         causal = (
             LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss
             or type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         )
-        return cls(shifted=causal and not encoder_decoder, keep_labels=encoder_decoder)
+        if name == "auto":
+            problem = getattr(config, "problem_type", None)
+            if problem is None and getattr(config, "num_labels", 2) == 1 and "Classification" in type(base).__name__:
+                problem = "regression"
+            name = {"regression": "gaussian", "multi_label_classification": "bernoulli"}.get(
+                str(problem), "categorical"
+            )
+        return OUTPUTS[name](shifted=causal and not encoder_decoder, keep_labels=encoder_decoder)
 
     def split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
         """The model's inputs and the labels, aligned with the logits.
 
         Raises:
-            ValueError: there are no labels, they are no class indices, or every one of them is ignored.
+            ValueError: there are no labels, or they are not of this output's kind.
         """
         batch = dict(inputs)
         labels = batch.get("labels")
         if labels is None:
             raise ValueError(f"a batch without labels cannot be learned from: it holds {sorted(batch)}")
-        if labels.is_floating_point():
-            raise ValueError(f"labels of dtype {labels.dtype} are not supported: class indices are needed")
+        labels = self.convert(labels)
         if not self.keep_labels:
             del batch["labels"]
         aligned = batch.pop("shift_labels", None)
@@ -76,19 +88,105 @@ class CategoricalOutput:
             raise ValueError(f"every label of the batch is ignored ({IGNORED}): there is nothing to learn from")
         return tokens
 
-    @staticmethod
-    def energy(logits: Tensor, labels: Tensor) -> Tensor:
+    def total(self, outputs: Any, labels: Tensor) -> Tensor:
+        """Nats per sequence, [batch]: this energy of `outputs["logits"]`, and what the model adds under "energy".
+
+        The latter, [batch], is for models with a term of their own, such as a latent's divergence from its prior.
+        """
+        energy = self.energy(outputs["logits"], labels)
+        own = outputs.get("energy")
+        return energy if own is None else energy + own
+
+    def convert(self, labels: Tensor) -> Tensor:
+        """The labels in the dtype that `energy` takes. Raises ValueError if they cannot be labels of this output."""
+        return labels
+
+    @abstractmethod
+    def energy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Nats per sequence, [batch]; labels of -100 are ignored."""
+
+
+OUTPUTS: Registry[type[Output]] = Registry("output")
+register_output = OUTPUTS.register
+
+
+@register_output("categorical")
+class CategoricalOutput(Output):
+    """Cross-entropy, L = -log softmax(logits)[label] (arXiv 2211.03481, section 3.2)."""
+
+    has_perplexity = True
+
+    def convert(self, labels: Tensor) -> Tensor:
+        if labels.is_floating_point():
+            raise ValueError(
+                f"labels of dtype {labels.dtype} are no class indices: choose the output 'gaussian' or 'bernoulli'"
+            )
+        return labels
+
+    def energy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Nats per sequence, [batch], for logits [batch, ..., classes] and aligned labels [batch, ...]."""
         if logits.shape[:-1] != labels.shape:
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: "
                 "one class index per row of logits is needed"
             )
-        scores = logits.flatten(0, -2)
-        if scores.dtype in (torch.float16, torch.bfloat16):
-            scores = scores.float()
-        nats = F.cross_entropy(scores, labels.flatten().to(logits.device), ignore_index=IGNORED, reduction="none")
+        flat = labels.flatten().to(logits.device)
+        wrong = flat.ne(IGNORED) & ((flat < 0) | (flat >= logits.shape[-1]))
+        if bool(wrong.any()):
+            raise ValueError(f"label {int(flat[wrong][0])} is out of range: 0 to {logits.shape[-1] - 1} or {IGNORED}")
+        nats = F.cross_entropy(_scores(logits).flatten(0, -2), flat, ignore_index=IGNORED, reduction="none")
         return nats.view(len(logits), -1).sum(1)
+
+
+class _DenseOutput(Output):
+    """One number per feature: labels have the shape of the logits, and each of them counts as one."""
+
+    def convert(self, labels: Tensor) -> Tensor:
+        return labels.float() if not labels.is_floating_point() else labels
+
+    def energy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        scores = _scores(logits)
+        if scores.shape == (*labels.shape, 1):
+            scores = scores.squeeze(-1)
+        if scores.shape != labels.shape:
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: "
+                "one number per logit is needed"
+            )
+        labels = labels.to(device=scores.device, dtype=scores.dtype)
+        counted = labels.ne(IGNORED)
+        return torch.where(counted, self.nats(scores, labels), 0.0).view(len(labels), -1).sum(1)
+
+    @abstractmethod
+    def nats(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Elementwise -log p(label | score)."""
+
+
+@register_output("gaussian")
+class GaussianOutput(_DenseOutput):
+    """Half the squared error: -log N(label | logit, 1) without its constant (arXiv 2211.03481, eq. 3)."""
+
+    def nats(self, scores: Tensor, labels: Tensor) -> Tensor:
+        return 0.5 * (scores - labels).square()
+
+
+@register_output("bernoulli")
+class BernoulliOutput(_DenseOutput):
+    """Binary cross-entropy of labels in [0, 1], each the probability of a one."""
+
+    def convert(self, labels: Tensor) -> Tensor:
+        labels = super().convert(labels)
+        wrong = labels.ne(IGNORED) & ~((labels >= 0) & (labels <= 1))
+        if bool(wrong.any()):
+            raise ValueError(f"label {float(labels[wrong][0]):g} is outside [0, 1], where a Bernoulli output needs it")
+        return labels
+
+    def nats(self, scores: Tensor, labels: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(scores, labels, reduction="none")
+
+
+def _scores(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def auxiliary_loss(model: nn.Module, outputs: Any) -> Tensor | float:

@@ -148,6 +148,6 @@ def resolve(model: nn.Module, config: PCConfig) -> list[Node]:
             if name in chosen:
                 raise ValueError(f"module {name!r} matches {spec.pattern!r} and another of the nodes: one rule each")
             energy = ENERGIES[spec.energy or config.energy]()
-            chosen[name] = Node(name, module, energy, spec.precision)
+            chosen[name] = Node(name, module, energy, spec.precision, spec.step_factor)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(chosen.values(), key=lambda node: order[node.name])

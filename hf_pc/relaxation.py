@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_pc.node import RELAX, LossScale, Node, NodeFunction, Site
+from hf_pc.energies import wide
+from hf_pc.node import RELAX, LossScale, Node, Site
 
 FEEDFORWARD_LABEL = "output"
 
@@ -27,16 +28,28 @@ class Relaxation:
         tokens: number of label tokens, a scalar tensor.
         precision: the precision of every node, or None for `relative_std`.
         relative_std: sigma as a multiple of the RMS of each token's prediction.
+        join: the solver's: what goes up from a site whose module predicted mu.
     """
 
-    def __init__(self, batch: int, tokens: Tensor, precision: float | None, relative_std: float | None) -> None:
+    def __init__(
+        self,
+        batch: int,
+        tokens: Tensor,
+        precision: float | None,
+        relative_std: float | None,
+        join: Callable[[Relaxation, Site, Tensor], Tensor],
+    ) -> None:
         self.batch = batch
+        self._join = join
         self.tokens = tokens
         self._strength = (relative_std, precision)
         self.sites: list[Site] = []
         self._of_node: dict[str, list[Site]] = {}
         self._visits: dict[str, int] = {}
         self.mode = RELAX
+        self.bare = True  # whether the pass calls the model itself, not a distributed wrapper of it
+        self.weights: list[Tensor] = []  # what may learn
+        self._held: dict[Tensor, Tensor] = {}
         self.step_size = 1.0
         self.scale: Tensor | float = 1.0
         self.sweeps = 0
@@ -48,8 +61,8 @@ class Relaxation:
         self._change = self._reference = torch.zeros((), dtype=torch.float64)
 
     @property
-    def errors(self) -> list[Tensor]:
-        return [site.error for site in self.sites]
+    def leaves(self) -> list[Tensor]:
+        return [site.leaf for site in self.sites]
 
     def note_output(self, energy: Tensor) -> None:
         """Note a pass's output energy, nats, [batch]."""
@@ -61,22 +74,36 @@ class Relaxation:
         """Start a pass in RELAX or LEARN mode."""
         self.mode = mode
         self.scale = 1.0
-        self._visits = {}
         self.sweeps += 1
+        self.again()
+
+    def again(self) -> None:
+        """Start the same pass anew."""
+        self._visits = {}
+        self._held = {}
+
+    def hold(self, weight: Tensor, gradient: Tensor) -> None:
+        """Keep a weight's gradient, in nats, until the loss's `backward()` tells its scale."""
+        self._held[weight] = self._held[weight] + gradient if weight in self._held else gradient
 
     def visit(self, node: Node, mu: Tensor) -> Tensor:
         """The state x = mu + e of the node that just computed `mu`; called by its hook."""
         site = self._site(node, mu)
+        if node.energy.uses_prediction:
+            site.prediction = wide(mu.detach())
+        state = self._join(self, site, mu)
         if self.at_rest:
-            site.energy = torch.zeros(self.batch, dtype=torch.float64, device=mu.device)
-            site.error_square = site.energy
+            site.error_square = torch.zeros(self.batch, dtype=torch.float64, device=mu.device)
             site.prediction_square = site.squares(mu.detach(), self.batch)
         else:
-            error, prediction = site.error.detach(), mu.detach()
-            site.energy = site.per_sequence(node.energy.energy(error, prediction, site.precision), self.batch)
-            site.error_square = site.squares(error, self.batch)
+            site.error_square = site.squares(site.error.detach(), self.batch)
+        if self.at_rest and node.energy.zero_at_rest:
+            site.energy = site.error_square
+        else:
+            energy = node.energy.energy(site.error.detach(), site.prediction, site.precision)
+            site.energy = site.per_sequence(energy, self.batch)
         site.signal_square = site.gradient_square = torch.zeros_like(site.energy)
-        return NodeFunction.apply(mu, site.error, site, self)  # type: ignore[no-any-return,no-untyped-call]
+        return state
 
     @property
     def at_rest(self) -> bool:
@@ -105,7 +132,7 @@ class Relaxation:
         return site
 
     def measure(self, site: Site, signal: Tensor, gradient: Tensor) -> None:
-        """Called by the backward pass of each site with g and dF/de, in nats."""
+        """Note g and dF/dx of a site, in nats; called once per site and pass."""
         site.signal_square = self._weighted_square(site, signal)
         site.gradient_square = site.signal_square if self.at_rest else self._weighted_square(site, gradient)
         if site is self.sites[-1]:
@@ -116,14 +143,18 @@ class Relaxation:
                 self._change = torch.linalg.vector_norm(signal - self._top_signal).double().square()
 
     def _weighted_square(self, site: Site, values: Tensor) -> Tensor:
-        per_token = torch.linalg.vector_norm(values, dim=-1, keepdim=True).square()
-        return site.per_sequence(per_token / site.precision, self.batch)
+        per_token = site.node.energy.square(values, site.prediction, site.precision)
+        return site.per_sequence(per_token, self.batch)
 
     def loss(self, output_energy: Tensor) -> Tensor:
         """The summed output energy as a scalar to scale and call `backward()` on in LEARN mode."""
 
         def note(scale: Tensor) -> None:
             self.scale = scale
+            for weight, gradient in self._held.items():
+                scaled = gradient * scale.to(gradient.dtype)
+                weight.grad = scaled if weight.grad is None else weight.grad + scaled
+            self._held = {}
 
         return LossScale.apply(output_energy.sum(), note)  # type: ignore[no-any-return,no-untyped-call]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from transformers.trainer_callback import ProgressCallback
 from hf_pc.callbacks import NonFiniteGuard, PCProgressCallback, SteeringCallback
 from hf_pc.config import PCConfig
 from hf_pc.model import PCModel
-from hf_pc.output import IGNORED, CategoricalOutput, auxiliary_loss
+from hf_pc.output import IGNORED, Output, auxiliary_loss
 from hf_pc.placement import resolve
 from hf_pc.relaxation import add_sums, summary
 
@@ -60,15 +60,18 @@ class TokenLossMixin(_TrainerPart):
 
     Training loss is the sum over label tokens divided once by the tokens of the whole optimiser step; `eval_loss` is
     a mean over all label tokens, and `eval_perplexity` its exponential. Both come from plain forward passes.
+
+    Args:
+        output: the output energy: "categorical", "gaussian", "bernoulli", or "auto" for the model's own.
     """
 
-    output: CategoricalOutput
+    output: Output
     loss_is_scaled_for_ga = True
 
-    def __init__(self, model: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any = None, args: Any = None, *rest: Any, output: str = "auto", **kwargs: Any) -> None:
         self._check(model, args, kwargs)  # before the Trainer makes its output folder
         super().__init__(model, args, *rest, **kwargs)
-        self.output = CategoricalOutput.of(self.model)
+        self.output = Output.of(self.model, output)
         self.model_accepts_loss_kwargs = True  # ask the Trainer to count label tokens, whatever the model's class
         self._loss_shifts_labels = self.output.shifted
         self._evaluated: list[Tensor] = []
@@ -110,7 +113,7 @@ class TokenLossMixin(_TrainerPart):
     def _output_energy(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         batch, labels = self.output.split(inputs)
         outputs = model(**batch)
-        return self.output.energy(outputs["logits"], labels), outputs
+        return self.output.total(outputs, labels), outputs
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         self._evaluated = []
@@ -127,7 +130,8 @@ class TokenLossMixin(_TrainerPart):
         if self._tokens:
             loss = self._nats / self._tokens
             result.metrics[f"{prefix}_loss"] = loss
-            result.metrics[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
+            if self.output.has_perplexity:
+                result.metrics[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
         return result
 
 
@@ -151,7 +155,7 @@ class PCTrainerMixin(TokenLossMixin):
         self, model: Any = None, args: Any = None, *rest: Any, pc_config: PCConfig | None = None, **kwargs: Any
     ) -> None:
         self.pc_config = pc_config or PCConfig()
-        super().__init__(model, args, *rest, **kwargs)
+        super().__init__(model, args, *rest, output=self.pc_config.output, **kwargs)
         self.pc: PCModel | None = None
         self.stopped_by: str | None = None
         self.nonfinite_node: str | None = None
@@ -171,6 +175,13 @@ class PCTrainerMixin(TokenLossMixin):
             raise ValueError(
                 f"{args.n_gpu} GPUs without a launcher mean DataParallel, whose replicas cannot relax: start with "
                 "`accelerate launch` or torchrun, or show one GPU with CUDA_VISIBLE_DEVICES=0"
+            )
+        if self.pc_config.weight_update == "every_sweep" and (
+            args.gradient_accumulation_steps > 1 or args.world_size > 1 or args.fp16
+        ):
+            raise ValueError(
+                "weight_update='every_sweep' moves the weights within a batch: it takes "
+                "gradient_accumulation_steps=1, one process and no fp16"
             )
         if args.deepspeed:
             raise ValueError("DeepSpeed is not supported: it owns the backward pass")
@@ -209,7 +220,10 @@ class PCTrainerMixin(TokenLossMixin):
         pc = self._attached()
         model.train()
         inputs = self._prepare_inputs(inputs)
-        with pc.relaxed(inputs) as relaxation:
+        weight_step = None
+        if self.pc_config.weight_update == "every_sweep":
+            weight_step = self._weight_step(model, inputs, num_items_in_batch)
+        with pc.relaxed(inputs, weight_step) as relaxation:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             add_sums(self._window, pc.observe(relaxation))
             self.nonfinite_node = None
@@ -220,6 +234,22 @@ class PCTrainerMixin(TokenLossMixin):
             assert relaxation.output_energy is not None
             seen, relaxed = relaxation.feedforward_energy.sum(), relaxation.output_energy.sum()
         return loss * (seen / relaxed) if relaxed else loss
+
+    def _weight_step(
+        self, model: nn.Module, inputs: Mapping[str, Any], items: Tensor | int | None
+    ) -> Callable[[Tensor], None]:
+        """Incremental PC (arXiv 2212.00720): a step of the weights' optimizer after each relaxing sweep."""
+        divisor = items if items is not None else self.output.count(self.output.split(inputs)[1])
+
+        def step(loss: Tensor) -> None:
+            self.accelerator.backward(loss / divisor)
+            if self.args.max_grad_norm:
+                self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+            assert self.optimizer is not None
+            self.optimizer.step()
+            model.zero_grad()
+
+        return step
 
     def _output_energy(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         if self.pc is None or self.pc.relaxation is None:

@@ -279,3 +279,34 @@ def test_labels_are_needed(tmp_path: Path) -> None:
         trainer(tmp_path, train_dataset=[{"input_ids": ids}] * 4).train()
     with pytest.raises(ValueError, match="every label of the batch is ignored"):
         trainer(tmp_path, train_dataset=[{"input_ids": ids, "labels": [-100] * 16}] * 4).train()
+
+
+@pytest.mark.parametrize("solver", ["state", "lagrangian"])
+def test_weights_move_at_every_sweep(tmp_path: Path, solver: str) -> None:
+    """Incremental PC: T optimizer steps per batch, the first T - 1 while the states relax; it trains and resumes."""
+    config = PCConfig(solver=solver, sweeps=5, relative_std=0.3, weight_update="every_sweep")
+    run = trainer(tmp_path, config, max_steps=12)
+    steps = []
+    run.create_optimizer()
+    run.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    assert len(steps) == 12 * 5
+    assert run.evaluate()["eval_loss"] < before
+
+
+def test_every_sweep_needs_single_batches(tmp_path: Path) -> None:
+    """Accumulation cannot go with weights that move within a batch: an error before training."""
+    config = PCConfig(solver="state", weight_update="every_sweep")
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=1"):
+        trainer(tmp_path / "none", config, gradient_accumulation_steps=2)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("solver", ["state", "lagrangian"])
+def test_accumulation_with_states(tmp_path: Path, solver: str) -> None:
+    """One batch of 8 and two of 4 train alike with every solver."""
+    config = PCConfig(solver=solver, sweeps=5, relative_std=0.3)
+    whole = trained(tmp_path / "a", config, per_device_train_batch_size=8)
+    halves = trained(tmp_path / "b", config, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert (whole - halves).norm() / whole.norm() < 1e-5

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -24,9 +25,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_pc import PCConfig, PCModel
-from hf_pc.output import CategoricalOutput
+from hf_pc.output import Output
 
-SETTING = ("model", "layers", "hidden", "sequence", "batch", "vocab", "threads", "seed")
+SETTING = ("model", "solver", "layers", "hidden", "sequence", "batch", "vocab", "threads", "seed")
 
 
 def positive(text: str) -> int:
@@ -42,6 +43,7 @@ def parse() -> argparse.Namespace:
     sizes = {"layers": 8, "hidden": 256, "sequence": 128, "batch": 8, "vocab": 1000, "threads": 1, "runs": 15}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=positive, default=value)
+    parser.add_argument("--solver", default="error", help="a solver; its share of backprop's memory differs")
     parser.add_argument("--sweeps", type=positive, nargs="+", default=[1, 2, 5])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure-memory", type=int, help=argparse.SUPPRESS)  # sweeps of the one step to run; 0: BP
@@ -68,14 +70,15 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[Any, dict[str
 
 
 def backprop(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
-    batch, labels = CategoricalOutput.of(model).split(inputs)
-    energy = CategoricalOutput.energy(model(**batch).logits, labels)
+    output = Output.of(model)
+    batch, labels = output.split(inputs)
+    energy = output.energy(model(**batch).logits, labels)
     (energy.sum() / labels.ne(-100).sum()).backward()
     return {}
 
 
-def predictive_coding(model: Any, inputs: dict[str, torch.Tensor], sweeps: int) -> dict[str, float]:
-    pc = PCModel(model, PCConfig(relative_std=0.2, sweeps=sweeps))
+def predictive_coding(model: Any, inputs: dict[str, torch.Tensor], sweeps: int, solver: str) -> dict[str, float]:
+    pc = PCModel(model, PCConfig(relative_std=0.2, sweeps=sweeps, solver=solver))
     try:
         with pc.relaxed(inputs) as relaxation:
             loss, _ = pc.learning_pass(inputs)
@@ -89,10 +92,10 @@ def predictive_coding(model: Any, inputs: dict[str, torch.Tensor], sweeps: int) 
     }
 
 
-def run_step(model: Any, inputs: dict[str, torch.Tensor], sweeps: int) -> dict[str, float]:
+def run_step(model: Any, inputs: dict[str, torch.Tensor], sweeps: int, solver: str) -> dict[str, float]:
     """One step with `sweeps` sweeps, 0 being backprop, from cleared gradients."""
     model.zero_grad()
-    facts = predictive_coding(model, inputs, sweeps) if sweeps else backprop(model, inputs)
+    facts = predictive_coding(model, inputs, sweeps, solver) if sweeps else backprop(model, inputs)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return facts
@@ -121,7 +124,10 @@ def peak_bytes(device: torch.device) -> int:
 def memory(sweeps: int) -> int:
     """Peak memory of a step over the built model, measured in a fresh process."""
     command = [sys.executable, __file__, *sys.argv[1:], "--measure-memory", str(sweeps)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    # the allocator of Linux keeps what was freed unless told not to: resident memory is then what is in use
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return int(done.stdout.split()[-1])
 
 
 def main() -> None:
@@ -133,15 +139,15 @@ def main() -> None:
         reset_peak(device)
         before = peak_bytes(device)
         for _ in range(2):  # the second meets the gradients of the first
-            run_step(model, inputs, args.measure_memory)
+            run_step(model, inputs, args.measure_memory, args.solver)
         print(peak_bytes(device) - before)
         return
     kinds = [0, *dict.fromkeys(args.sweeps)]
-    facts = {kind: run_step(model, inputs, kind) for kind in kinds for _ in range(2)}
+    facts = {kind: run_step(model, inputs, kind, args.solver) for kind in kinds for _ in range(2)}
     times: dict[int, list[float]] = {kind: [] for kind in kinds}
     for _ in range(args.runs):
         for kind in kinds:
-            times[kind].append(seconds(lambda kind=kind: run_step(model, inputs, kind)))  # type: ignore[misc]
+            times[kind].append(seconds(lambda kind=kind: run_step(model, inputs, kind, args.solver)))  # type: ignore[misc]
     backprop_bytes = memory(0)
     for sweeps in kinds[1:]:
         ratios = [pc / bp for pc, bp in zip(times[sweeps], times[0], strict=True)]

@@ -4,39 +4,67 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from hf_pc.node import Site
 from hf_pc.registry import Registry
 from hf_pc.relaxation import Relaxation
+
+if TYPE_CHECKING:
+    from hf_pc.config import PCConfig
 
 
 class Solver(ABC):
     """Owns how the errors of one batch move; holds nothing of a batch itself.
 
     Args:
-        sweeps: passes over the network per step, the learning pass included.
-        step_size: "auto", or a number in units of 1/precision.
-        tolerance: a sequence whose residual is under this stops moving.
+        config: `sweeps`, `step_size`, `tolerance` and `state_optimizer` are the solver's to follow.
     """
 
-    def __init__(self, sweeps: int, step_size: str | float, tolerance: float) -> None:
-        self.sweeps = sweeps
-        self.step_size = step_size
-        self.tolerance = tolerance
+    #: whether `state_optimizer` is followed, and whether weights may move at every sweep
+    takes_optimizer = moves_weights = False
+
+    def __init__(self, config: PCConfig) -> None:
+        assert config.step_size is not None
+        self.sweeps = config.sweeps
+        self.step_size: str | float = config.step_size
+        self.tolerance = config.tolerance
+        self.optimizer = config.state_optimizer
 
     @abstractmethod
-    def relax(self, relaxation: Relaxation, forward: Callable[[], Tensor]) -> Callable[[Tensor], bool]:
-        """Run every sweep but the last, and leave each site's error where the last sweep begins.
+    def join(self, relaxation: Relaxation, site: Site, mu: Tensor) -> Tensor:
+        """The state that goes up from a site whose module predicted mu; makes `site.leaf` in the first pass."""
+
+    @abstractmethod
+    def relax(
+        self, relaxation: Relaxation, forward: Callable[[], Tensor], weight_step: Callable[[Tensor], None] | None
+    ) -> Callable[[Tensor], bool]:
+        """Run every sweep but the last, and leave each site's leaf where the last sweep begins.
 
         Args:
             relaxation: the batch.
             forward: one pass over the network at the current errors; returns the output energy, nats, [batch].
+            weight_step: moves the weights, given the loss of a pass in LEARN mode; None leaves them to the last sweep.
 
         Returns:
             A function of the last pass's output energy that says whether its errors stand. If it says no it has put
             back errors that do, and the pass is to be run again.
         """
+
+    def gradients(self, relaxation: Relaxation, output_energy: Tensor) -> list[Tensor]:
+        """dF/dx of every site, from a pass in RELAX mode; zeros where a node has no way to the output."""
+        found = torch.autograd.grad(output_energy.sum(), relaxation.leaves, allow_unused=True)
+        return [torch.zeros_like(e) if g is None else g for e, g in zip(relaxation.leaves, found, strict=True)]
+
+    def close(self, relaxation: Relaxation) -> None:
+        """Measure what a learning pass's `backward()` has left to measure; called once after it."""
+
+    def recover(self, relaxation: Relaxation, error: RuntimeError) -> bool:
+        """Whether a pass that raised `error` can be run again, now that the solver has changed its ways."""
+        return False
 
 
 SOLVERS: Registry[type[Solver]] = Registry("solver")

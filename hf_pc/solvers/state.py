@@ -1,0 +1,211 @@
+"""The `state` solver, the paper's own: states are leaves that cut the graph, and all nodes move at once.
+
+Pinchetti et al., arXiv 2211.03481; Whittington and Bogacz 2017. A pass computes every prediction mu_l from the states
+below it; the gradient of a state has its own node's energy and those of the nodes that it predicts, nothing else.
+So a signal travels one node a sweep, and a network of L nodes needs L + 1 sweeps before its first weights learn.
+
+Because a state stops the gradient, what lies between two nodes can be differentiated as soon as it has run, and
+its graph is freed: activations of one block at a time. That holds where nodes cut the graph into separate pieces and
+the solver sees the whole model. Where it does not (pieces that share part of a graph, a distributed wrapper that
+counts on one backward pass), the same signals go down in one pass at the end, through `StateFunction`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_pc.energies import wide
+from hf_pc.node import LEARN, RELAX, Site
+from hf_pc.relaxation import Relaxation
+from hf_pc.solvers.base import Solver, register_solver
+from hf_pc.solvers.descent import Descent
+
+if TYPE_CHECKING:
+    from hf_pc.config import PCConfig
+
+#: first rate of a sequence with step "auto": a chain of equal gains is stable under half a step
+FIRST_RATE = 0.4
+
+
+class StateFunction(torch.autograd.Function):
+    """Forwards the state; backwards the state takes its gradient, and the module below the node's own signal."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mu: Tensor, state: Tensor, site: Site, relaxation: Relaxation, solver: StateSolver
+    ) -> Tensor:
+        ctx.site, ctx.relaxation, ctx.solver, ctx.dtype = site, relaxation, solver, mu.dtype
+        return state.to(mu.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:  # type: ignore[override]
+        site, relaxation = ctx.site, ctx.relaxation
+        down = ctx.solver.signal(site)
+        if isinstance(relaxation.scale, Tensor):
+            down = down * relaxation.scale
+        return down.to(ctx.dtype) if ctx.needs_input_grad[0] else None, wide(g), None, None, None
+
+
+@register_solver("state")
+class StateSolver(Solver):
+    """Parallel relaxation of states; with `optimizer` they are moved by a class of torch.optim.
+
+    With step "auto" each sequence's free energy never rises; an optimizer needs a number, its learning rate in units
+    of 1/precision (SGD), or of the standard deviation 1/sqrt(precision) (Adam and others that normalise).
+    """
+
+    takes_optimizer = moves_weights = True
+
+    def __init__(self, config: PCConfig) -> None:
+        super().__init__(config)
+        #: differentiate each piece as soon as it has run; unlearned where pieces share a part of the graph
+        self.piecewise = True
+
+    # what a node's energy says; PC-ALM adds its multipliers here
+
+    def signal(self, site: Site) -> Tensor:
+        """What the module below learns from, dF/dmu."""
+        return site.node.energy.grad_prediction(site.error, site.prediction, site.precision)
+
+    def own_gradient(self, site: Site) -> Tensor:
+        """dF/dx of the node's own part of F."""
+        return site.node.energy.grad_state(site.error, site.prediction, site.precision)
+
+    def moved(self, relaxation: Relaxation) -> None:
+        """Called after the states have moved."""
+
+    def join(self, relaxation: Relaxation, site: Site, mu: Tensor) -> Tensor:
+        if relaxation.at_rest:
+            site.leaf = wide(mu.detach()).clone().requires_grad_()
+        site.error = site.leaf.detach() - wide(mu.detach())
+        site.signal = torch.zeros_like(site.error)
+        if not (self.piecewise and relaxation.bare):
+            state: Tensor = StateFunction.apply(mu, site.leaf, site, relaxation, self)  # type: ignore[no-untyped-call]
+            return state
+        if mu.requires_grad and not relaxation.at_rest:
+            self._differentiate(relaxation, site, mu)
+        return site.leaf.to(mu.dtype, copy=True)
+
+    def _differentiate(self, relaxation: Relaxation, site: Site, mu: Tensor) -> None:
+        """Send the signal of one node through the piece of graph below it, which is freed."""
+        below = relaxation.sites[: relaxation.sites.index(site)]
+        weights = relaxation.weights if relaxation.mode == LEARN else []
+        inputs = [s.leaf for s in below] + weights
+        if not inputs:
+            return
+        found = torch.autograd.grad(mu, inputs, self.signal(site).to(mu.dtype), allow_unused=True)
+        for lower, gradient in zip(below, found, strict=False):
+            if gradient is not None:
+                lower.signal = lower.signal + gradient
+        for weight, gradient in zip(weights, found[len(below) :], strict=True):
+            if gradient is not None:
+                relaxation.hold(weight, gradient)
+
+    def gradients(self, relaxation: Relaxation, output_energy: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(output_energy.sum(), relaxation.leaves, allow_unused=True)
+        self._take(relaxation, found)
+        return [site.gradient for site in relaxation.sites]
+
+    def close(self, relaxation: Relaxation) -> None:
+        scale = relaxation.scale
+        found = [None if site.leaf.grad is None else site.leaf.grad / scale for site in relaxation.sites]
+        self._take(relaxation, found)
+        for site in relaxation.sites:
+            site.leaf.grad = None
+            site.node.energy.observe(site.error, site.precision)
+
+    def _take(self, relaxation: Relaxation, found: Any) -> None:
+        for site, g in zip(relaxation.sites, found, strict=True):
+            site.signal = site.signal if g is None else site.signal + g
+            site.gradient = self.own_gradient(site) + site.signal
+            relaxation.measure(site, site.signal, site.gradient)
+
+    def recover(self, relaxation: Relaxation, error: RuntimeError) -> bool:
+        if not self.piecewise or "second time" not in str(error):
+            return False
+        self.piecewise = False
+        return True
+
+    def relax(
+        self, relaxation: Relaxation, forward: Callable[[], Tensor], weight_step: Callable[[Tensor], None] | None
+    ) -> Callable[[Tensor], bool]:
+        mover = _Mover.of(self, relaxation)
+        for _ in range(self.sweeps - 1):
+            relaxation.begin(RELAX if weight_step is None else LEARN)
+            energy = forward()
+            if weight_step is None:
+                gradients = self.gradients(relaxation, energy)
+            else:
+                weight_step(relaxation.loss(energy))
+                self.close(relaxation)
+                gradients = [site.gradient for site in relaxation.sites]
+            mover.move(gradients)
+            self.moved(relaxation)
+            if bool((relaxation.residual() < self.tolerance).all()):
+                break
+        return lambda _: mover.confirm()
+
+
+class _Mover:
+    """Moves the states a fixed step against their gradients."""
+
+    def __init__(self, relaxation: Relaxation, step: float) -> None:
+        self.relaxation = relaxation
+        self.step = step
+
+    @staticmethod
+    def of(solver: StateSolver, relaxation: Relaxation) -> _Mover:
+        if solver.step_size == "auto":
+            return _Descending(relaxation, solver.tolerance)
+        if solver.optimizer is not None:
+            return _Optimizing(relaxation, float(solver.step_size), solver.optimizer)
+        return _Mover(relaxation, float(solver.step_size))
+
+    def move(self, gradients: list[Tensor]) -> None:
+        for site, gradient in zip(self.relaxation.sites, gradients, strict=True):
+            site.leaf = (site.leaf.detach() - self.step * site.step(gradient)).requires_grad_()
+
+    def confirm(self) -> bool:
+        return True
+
+
+class _Descending(_Mover):
+    """Never lets a sequence's free energy rise."""
+
+    def __init__(self, relaxation: Relaxation, tolerance: float) -> None:
+        self.relaxation = relaxation
+        self.tolerance = tolerance
+        self.descent: Descent | None = None
+
+    def move(self, gradients: list[Tensor]) -> None:
+        self.descent = self.descent or Descent(self.relaxation, self.tolerance, FIRST_RATE)
+        self.descent.accept(self.descent.judge(), gradients)
+        self.descent.propose()
+
+    def confirm(self) -> bool:
+        return self.descent is None or self.descent.confirm()
+
+
+class _Optimizing(_Mover):
+    """Moves the states by a torch optimizer, in units of each node's standard deviation 1/sqrt(precision)."""
+
+    def __init__(self, relaxation: Relaxation, step: float, name: str) -> None:
+        super().__init__(relaxation, step)
+        self.name = name
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def move(self, gradients: list[Tensor]) -> None:
+        sites = self.relaxation.sites
+        if self.optimizer is None:
+            self.start = [site.leaf.detach() for site in sites]
+            self.moved = [torch.zeros_like(leaf) for leaf in self.start]
+            self.optimizer = getattr(torch.optim, self.name)(self.moved, lr=self.step)
+        for site, moved, gradient in zip(sites, self.moved, gradients, strict=True):
+            moved.grad = site.step(gradient) * site.precision.sqrt()
+        self.optimizer.step()
+        for site, start, moved in zip(sites, self.start, self.moved, strict=True):
+            site.leaf = (start + moved / site.precision.sqrt()).requires_grad_()

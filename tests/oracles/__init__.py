@@ -1,0 +1,1 @@
+"""Closed forms that the solvers are held to."""

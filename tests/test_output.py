@@ -1,0 +1,65 @@
+"""Output energies against torch.distributions, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributions import Bernoulli, Categorical, Normal
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from hf_pc.output import OUTPUTS, BernoulliOutput, CategoricalOutput, GaussianOutput, Output
+
+
+def test_values_are_negative_log_likelihoods() -> None:
+    """Nats per sequence: -log p(labels) summed; the Gaussian's without its constant."""
+    logits = torch.randn(3, 4, 5, dtype=torch.float64)
+    classes = torch.randint(0, 5, (3, 4))
+    found = CategoricalOutput().energy(logits, classes)
+    torch.testing.assert_close(found, -Categorical(logits=logits).log_prob(classes).sum(1))
+    bits = torch.randint(0, 2, (3, 4, 5)).double()
+    found = BernoulliOutput().energy(logits, bits)
+    torch.testing.assert_close(found, -Bernoulli(logits=logits).log_prob(bits).sum((1, 2)))
+    values = torch.randn(3, 4, 5, dtype=torch.float64)
+    constant = 20 * 0.5 * torch.log(torch.tensor(2 * torch.pi, dtype=torch.float64))
+    found = GaussianOutput().energy(logits, values)
+    torch.testing.assert_close(found, -Normal(logits, 1.0).log_prob(values).sum((1, 2)) - constant)
+
+
+def test_ignored_labels_cost_nothing() -> None:
+    """-100 is ignored by every output, as everywhere in transformers."""
+    logits = torch.randn(2, 3, 4)
+    for output, labels in ((CategoricalOutput(), torch.ones(2, 3).long()), (GaussianOutput(), torch.ones(2, 3, 4)),
+                           (BernoulliOutput(), torch.ones(2, 3, 4))):  # fmt: skip
+        labels[:, 1:] = -100
+        kept = output.energy(logits[:, :1], labels[:, :1])
+        torch.testing.assert_close(output.energy(logits, labels), kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "message"),
+    [
+        ("categorical", torch.tensor([[0, 5]]), "label 5 is out of range: 0 to 3 or -100"),
+        ("categorical", torch.tensor([[0, -7]]), "label -7 is out of range"),
+        ("categorical", torch.tensor([[0.5, 1.0]]), "no class indices"),
+        ("bernoulli", torch.full((1, 2, 4), 1.5), "label 1.5 is outside"),
+        ("bernoulli", torch.full((1, 2, 4), torch.nan), "label nan is outside"),
+        ("gaussian", torch.zeros(1, 2, 3), "do not fit logits"),
+    ],
+)
+def test_wrong_labels_are_named(name: str, labels: torch.Tensor, message: str) -> None:
+    """Labels that this output cannot have raise an error with their value."""
+    output = OUTPUTS[name]()
+    with pytest.raises(ValueError, match=message):
+        output.energy(torch.zeros(1, 2, 4), output.split({"labels": labels})[1])
+
+
+def test_the_output_follows_the_model() -> None:
+    """ "auto" is what the model's own loss does: shifted for a causal model, by problem_type for a classifier."""
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=8))
+    assert Output.of(gpt2) == CategoricalOutput(shifted=True)
+    several = {"num_labels": 3, "problem_type": "multi_label_classification"}
+    for settings, kind in (({"num_labels": 3}, CategoricalOutput), ({"num_labels": 1}, GaussianOutput),
+                           (several, BernoulliOutput)):  # fmt: skip
+        model = BertForSequenceClassification(BertConfig(**tiny, vocab_size=8, **settings))
+        assert type(Output.of(model)) is kind

@@ -1,0 +1,185 @@
+"""Solvers against the closed form of linear Gaussian networks, and against what their method says of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracles.linear import LinearChain
+from test_invariants import batch, gradients, make, worst
+from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration, set_seed
+
+from hf_pc import NodeSpec, PCConfig, PCModel
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+Y = torch.randn(3, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+NODES = [NodeSpec(r"blocks\.\d+")]
+
+
+def attach(model: LinearChain, **settings: Any) -> PCModel:
+    return PCModel(model, PCConfig(**{"nodes": NODES, "output": "gaussian", "precision": 1.5, **settings}))
+
+
+def backprop(model: LinearChain) -> dict[str, Tensor]:
+    model.zero_grad()
+    (0.5 * (model(X)["logits"] - Y).square().sum() / Y.numel()).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+SOLVERS = {
+    "error": {"solver": "error", "sweeps": 300},
+    "error, fixed step": {"solver": "error", "sweeps": 600, "step_size": 0.3},
+    "state": {"solver": "state", "sweeps": 3000},
+    "state, fixed step": {"solver": "state", "sweeps": 1500, "step_size": 0.3},
+}
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("settings", SOLVERS)
+def test_equilibrium_is_least_squares(settings: str, residual: bool) -> None:
+    """`error` and `state` reach the closed form's errors to 1e-6 and its energy r S^-1 r / 2, and rest there."""
+    model = LinearChain(residual=residual)
+    errors, energy = model.equilibrium(X, Y, precision=1.5)
+    found = attach(model, **SOLVERS[settings]).relax(inputs=X, labels=Y)
+    for expected, error in zip(errors, found.errors.values(), strict=True):
+        np.testing.assert_allclose(error.numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(found.sequence_free_energy.numpy(), energy, rtol=1e-9)
+    assert found.residual < 1e-5
+
+
+@pytest.mark.parametrize(("name", "step"), [("SGD", 0.3), ("Adam", 0.02), ("RMSprop", 0.001)])
+def test_a_torch_optimizer_moves_the_states(name: str, step: float) -> None:
+    """Any class of torch.optim reaches the same equilibrium, as near as its own steps let it come."""
+    model = LinearChain()
+    errors, _ = model.equilibrium(X, Y, precision=1.5)
+    pc = attach(model, solver="state", sweeps=2000, step_size=step, state_optimizer=name)
+    found = pc.relax(inputs=X, labels=Y)
+    for expected, error in zip(errors, found.errors.values(), strict=True):
+        np.testing.assert_allclose(error.numpy(), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("solver", ["error", "state"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_weights_learn_from_the_equilibrium(solver: str, residual: bool) -> None:
+    """The gradient of each weight is that of its own node's energy at the equilibrium: -p e x' of the state below."""
+    model = LinearChain(residual=residual)
+    errors, _ = model.equilibrium(X, Y, precision=1.5)
+    attach(model, solver=solver, sweeps=3000, tolerance=1e-9).accumulate_grad(inputs=X, labels=Y)
+    below = X.numpy()
+    for layer, matrix, error in zip(model.layers, model.matrices(), errors, strict=True):
+        assert layer.weight.grad is not None
+        np.testing.assert_allclose(layer.weight.grad.numpy(), -1.5 * error.T @ below / Y.numel(), atol=1e-7)
+        below = below @ matrix.T + error
+
+
+def test_state_carries_a_signal_one_node_a_sweep() -> None:
+    """After T sweeps, exactly the T - 1 nodes nearest to the output have left their predictions."""
+    layers = 5
+    for sweeps in range(1, layers + 3):
+        model = LinearChain(layers=layers)
+        found = attach(model, solver="state", sweeps=sweeps, step_size=0.1).relax(inputs=X, labels=Y)
+        moved = [bool(error.abs().max() > 0) for error in found.errors.values()]
+        assert moved == [node >= layers - (sweeps - 1) for node in range(layers)]
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_lagrangian_reaches_backprops_gradient(residual: bool) -> None:
+    """At PC-ALM's fixed point x = mu and every weight has backprop's gradient, which plain PC's is not."""
+    model = LinearChain(residual=residual)
+    expected = backprop(model)
+    found = attach(model, solver="lagrangian", sweeps=3000, step_size=0.2).accumulate_grad(inputs=X, labels=Y)
+    assert max(found.displacement.values()) < 1e-6
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-9)
+    other = LinearChain(residual=residual)
+    attach(other, solver="state", sweeps=500).accumulate_grad(inputs=X, labels=Y)
+    assert other.layers[0].weight.grad is not None
+    assert not torch.allclose(other.layers[0].weight.grad, expected["layers.0.weight"], rtol=0.1)
+
+
+@pytest.mark.parametrize("solver", ["state", "lagrangian"])
+def test_one_backward_pass_or_many(solver: str) -> None:
+    """Differentiating piece by piece gives the gradients and the report of one backward pass at the end."""
+    gradients, reports = [], []
+    for piecewise in (True, False):
+        model = LinearChain()
+        pc = attach(model, solver=solver, sweeps=6, step_size=0.2)
+        pc.solver.piecewise = piecewise  # type: ignore[attr-defined]
+        reports.append(pc.accumulate_grad(inputs=X, labels=Y))
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert reports[0].residual == pytest.approx(reports[1].residual)
+    assert reports[0].relaxed_fraction == pytest.approx(reports[1].relaxed_fraction)
+
+
+def test_step_factor_slows_one_node() -> None:
+    """A node's step_factor scales its own steps and no other's."""
+    rules = [NodeSpec(r"blocks\.[01]"), NodeSpec("blocks.2", step_factor=0.5)]
+    slow = attach(LinearChain(), nodes=rules, solver="state", sweeps=2, step_size=0.2).relax(inputs=X, labels=Y)
+    usual = attach(LinearChain(), solver="state", sweeps=2, step_size=0.2).relax(inputs=X, labels=Y)
+    torch.testing.assert_close(slow.errors["blocks.2"], usual.errors["blocks.2"] * 0.5)
+
+
+def test_auto_never_raises_the_free_energy_in_states() -> None:
+    """With step "auto" more sweeps never mean more free energy, whatever the precision."""
+    for precision in (0.01, 1.0, 100.0):
+        before = None
+        for sweeps in (1, 2, 3, 5, 8, 13):
+            pc = attach(LinearChain(residual=True), solver="state", sweeps=sweeps, precision=precision)
+            now = pc.relax(inputs=X, labels=Y).sequence_free_energy
+            assert before is None or bool((now <= before * (1 + 1e-12)).all())
+            before = now
+
+
+def pieces(name: str, piecewise: bool, **settings: Any) -> tuple[dict[str, Tensor], PCModel]:
+    model, inputs = make(name), batch()
+    pc = PCModel(
+        model, PCConfig(**{"solver": "state", "sweeps": 4, "relative_std": 0.3, "step_size": 0.3, **settings})
+    )
+    pc.solver.piecewise = piecewise  # type: ignore[attr-defined]
+    for _ in range(2):
+        pc.accumulate_grad(**inputs)
+    return gradients(model), pc
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("nodes", ["block", "sublayer", "linear"])
+def test_piece_by_piece_on_transformers(name: str, nodes: str) -> None:
+    """On any preset the gradients that piecewise differentiation accumulates are those of one backward pass."""
+    assert worst(pieces(name, True, nodes=nodes)[0], pieces(name, False, nodes=nodes)[0]) < 1e-5
+
+
+def test_shared_graphs_fall_back_to_one_backward_pass() -> None:
+    """T5's position bias is shared by its blocks: the solver notices, goes on in one piece, and loses nothing."""
+    set_seed(0)
+    sizes = {"vocab_size": 50, "d_model": 32, "d_ff": 64, "d_kv": 16, "num_layers": 2, "num_heads": 2}
+    found = []
+    for piecewise in (True, False):
+        set_seed(0)
+        model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0))
+        pc = PCModel(model, PCConfig(solver="state", sweeps=6, relative_std=0.3))
+        pc.solver.piecewise = piecewise  # type: ignore[attr-defined]
+        pc.accumulate_grad(input_ids=batch()["input_ids"], labels=batch()["input_ids"][:, :8].contiguous())
+        assert not pc.solver.piecewise  # type: ignore[attr-defined]
+        found.append(gradients(model))
+    assert worst(found[0], found[1]) < 1e-5
+
+
+def test_state_and_error_agree_on_a_transformer() -> None:
+    """Relaxed to the end, both solvers give a GPT-2 the same free energy and the same gradients."""
+    found = []
+    for settings in ({"solver": "state", "sweeps": 600}, {"solver": "error", "sweeps": 100}):
+        model = make("gpt2").double()
+        for table in (model.transformer.wte, model.transformer.wpe):  # at its initial 0.02 the first layer norm
+            table.weight.data *= 20  # multiplies by 35, and states would take thousands of sweeps
+        pc = PCModel(model, PCConfig(precision=30.0, **settings))
+        report = pc.accumulate_grad(**batch())
+        assert report.residual < 1e-4
+        found.append((report.free_energy, gradients(model)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
+    assert worst(found[0][1], found[1][1]) < 1e-3
