@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_pc.registry import nearest
+from hf_pc.registry import Registry, nearest
 
 PC_CONFIG_NAME = "pc_config.json"
 DEFAULT_RELAXED_FRACTION = 0.03
@@ -90,6 +90,7 @@ class PCConfig:
     Args:
         nodes: a preset ("block", "sublayer", "linear"), a pattern, or a list of patterns and `NodeSpec`s.
         energy: the energy of internal nodes, the name of a registered energy.
+        attention_energy: an energy of the attention logits, "categorical" or "gaussian"; None makes them no nodes.
         output: the output node's energy: "categorical", "gaussian", "bernoulli", or "auto" for what the model's
             own loss does with labels.
         precision: 1 / sigma^2, the same for every node.
@@ -116,6 +117,9 @@ class PCConfig:
         default="block", metadata={"help": "Preset (block, sublayer, linear) or pattern; several separated by commas."}
     )
     energy: str = field(default="gaussian", metadata={"help": "Energy of internal nodes."})
+    attention_energy: str | None = field(
+        default=None, metadata={"help": "Energy of attention logits: categorical or gaussian."}
+    )
     output: str = field(default="auto", metadata={"help": "Energy of the output: categorical, gaussian, bernoulli."})
     precision: float | None = field(default=None, metadata={"help": "Fixed 1/sigma^2 of every node."})
     relative_std: float | None = field(
@@ -145,10 +149,19 @@ class PCConfig:
         from hf_pc.solvers import SOLVERS
 
         self._normalise_nodes()
-        for name, registry in (("energy", ENERGIES), ("solver", SOLVERS), ("output", OUTPUTS)):
+        defaults = (("output", "auto"), ("attention_energy", None))
+        registries: dict[str, Registry[Any]] = {
+            "energy": ENERGIES,
+            "attention_energy": ENERGIES,
+            "solver": SOLVERS,
+            "output": OUTPUTS,
+        }
+        for name, registry in registries.items():
             value = getattr(self, name)
+            if (name, value) in defaults:
+                continue
             _check_string("PCConfig", name, value)
-            if value not in registry and (name, value) != ("output", "auto"):
+            if value not in registry:
                 allowed = ", ".join(map(repr, registry.names()))
                 raise ValueError(f"PCConfig.{name}={value!r} is unknown; allowed: {allowed}")
         strengths = {n: getattr(self, n) for n in ("precision", "relative_std", "relaxed_fraction")}

@@ -51,6 +51,10 @@ class Energy(ABC):
         """|gradient|^2 in units of the curvature, per token, [..., 1]: nats, whatever the scale of the states."""
         return (gradient * self.precondition(gradient, prediction, precision)).sum(-1, keepdim=True)
 
+    def activity(self, prediction: Tensor) -> Tensor:
+        """What |mu| is measured on: the prediction without its masked features."""
+        return prediction
+
     def strength(self, prediction: Tensor, relative_std: float) -> Tensor:
         """The precision for a relative_std: in units of each token's own activity, [..., 1]."""
         return relative_precision(prediction, relative_std)
@@ -124,12 +128,17 @@ class LaplaceEnergy(Energy):
 class LogitEnergy(Energy):
     """Of distributions whose parameters are logits: their unit is the nat, whatever the activity of the node."""
 
+    #: logits under this stand for what cannot be
+    MASKED = -1e4
     #: least curvature that preconditioning divides by, so that features of vanishing probability stay put
     CURVATURE_FLOOR = 1e-3
 
     @abstractmethod
     def curvature(self, prediction: Tensor) -> Tensor:
         """The diagonal of d2E/dx2 at e = 0 and p = 1, shaped as the state."""
+
+    def activity(self, prediction: Tensor) -> Tensor:
+        return torch.where(prediction > self.MASKED, prediction, 0)
 
     def precondition(self, gradient: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
         assert prediction is not None

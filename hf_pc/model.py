@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_pc.attention import AttentionNodes
 from hf_pc.config import PCConfig
 from hf_pc.node import LEARN, RELAX, Node
 from hf_pc.output import Output, auxiliary_loss
@@ -78,7 +79,9 @@ class PCModel:
     def __init__(self, model: nn.Module, config: PCConfig | None = None) -> None:
         self.model = model
         self.config = config or PCConfig()
-        self.nodes: list[Node] = resolve(model, self.config)
+        self._module_nodes = resolve(model, self.config)
+        name = self.config.attention_energy
+        self._attention = None if name is None else AttentionNodes(model, name)
         self.output = Output.of(model, self.config.output)
         self.solver = SOLVERS[self.config.solver](self.config)
         self.relative_std = self.config.relative_std or INITIAL_RELATIVE_STD
@@ -91,13 +94,20 @@ class PCModel:
         self._handles: list[Any] = []
         self.attach()
 
+    @property
+    def nodes(self) -> list[Node]:
+        """Every node; those on attention logits are known once a batch has passed."""
+        return [*self._module_nodes, *(self._attention.nodes.values() if self._attention else [])]
+
     def attach(self) -> None:
         """Put the nodes onto the model. Raises ValueError if some PCModel is attached to it already."""
         if self.model in _ATTACHED:
             raise ValueError(
                 f"{type(self.model).__name__} has PC nodes already: detach() the PCModel that put them there"
             )
-        self._handles = [node.attach(self._visit) for node in self.nodes]
+        self._handles = [node.attach(self._visit) for node in self._module_nodes]
+        if self._attention:
+            self._attention.attach(self._visit)
         _ATTACHED.add(self.model)
 
     def detach(self) -> None:
@@ -106,6 +116,8 @@ class PCModel:
             handle.remove()
         if self._handles:
             _ATTACHED.discard(self.model)
+            if self._attention:
+                self._attention.detach()
         self._handles = []
 
     def _visit(self, node: Node, mu: Tensor) -> Tensor | None:
@@ -129,6 +141,8 @@ class PCModel:
             self.relaxation.again()
             self._random.restore()
             outputs = forward(**batch)
+        if self._attention:
+            self._attention.check()
         energy = self.output.total(outputs, labels)
         self.relaxation.note_output(energy)
         return outputs, energy

@@ -94,7 +94,7 @@ class Relaxation:
         state = self._join(self, site, mu)
         if self.at_rest:
             site.error_square = torch.zeros(self.batch, dtype=torch.float64, device=mu.device)
-            site.prediction_square = site.squares(mu.detach(), self.batch)
+            site.prediction_square = site.squares(node.energy.activity(mu.detach()), self.batch)
         else:
             site.error_square = site.squares(site.error.detach(), self.batch)
         if self.at_rest and node.energy.zero_at_rest:
