@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUTPUT ?= runs/clm
 
-.PHONY: install test demo lint types docs clean
+.PHONY: install test demo lint types clean
 
 install: .venv/installed
 

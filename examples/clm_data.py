@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
@@ -51,30 +52,58 @@ class DataArguments:
 def _check_file(name: str, path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"--{name} {path}: there is no such file")
-    try:
-        with path.open(encoding="utf-8") as lines:
-            filled = sum(len(line.strip()) for line in lines) > 0
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--{name} {path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
-        ) from None
+    filled = False
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                filled = bool(line.decode("utf-8").strip()) or filled
+            except UnicodeDecodeError as error:
+                wrong = f"byte {error.start} of line {number} is {line[error.start]:#04x}"
+                raise ValueError(f"--{name} {path} is not UTF-8: {wrong}") from None
     if not filled:
         raise ValueError(f"--{name} {path} is empty")
 
 
-def load_text(args: DataArguments, cache_dir: str | None, token: str | None, trust: bool) -> DatasetDict:
-    """Splits "train" and "validation" with a column "text"."""
+def _kind(path: str) -> str:
+    return {".json": "json", ".jsonl": "json", ".csv": "csv"}.get(Path(path).suffix, "text")
+
+
+def _load_files(args: DataArguments, cache_dir: str | None) -> DatasetDict:
+    assert args.train_file is not None
+    files, kind = {"train": args.train_file}, _kind(args.train_file)
+    if args.validation_file:
+        files["validation"] = args.validation_file
+        if _kind(args.validation_file) != kind:
+            raise ValueError(
+                f"--train_file {args.train_file} and --validation_file {args.validation_file}: one kind of "
+                "file is needed"
+            )
+    options: dict[str, Any] = {"keep_linebreaks": True} if kind == "text" else {}
+    try:
+        return load_dataset(kind, data_files=files, cache_dir=cache_dir, **options)
+    except DatasetGenerationError as error:
+        raise ValueError(f"--train_file {args.train_file} cannot be read as {kind}: {error.__cause__}") from None
+
+
+def load_text(args: DataArguments, cache_dir: str | None, token: str | None) -> DatasetDict:
+    """Splits "train" and "validation" with a column of text.
+
+    Raises:
+        ValueError: a file cannot be read, or there is no training text.
+    """
     if args.dataset_name:
         raw = load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=cache_dir, token=token)
     elif args.train_file:
-        files = {"train": args.train_file} | ({"validation": args.validation_file} if args.validation_file else {})
-        kind = {".json": "json", ".jsonl": "json", ".csv": "csv"}.get(Path(args.train_file).suffix, "text")
-        options: dict[str, Any] = {"keep_linebreaks": True} if kind == "text" else {}
-        raw = load_dataset(kind, data_files=files, cache_dir=cache_dir, **options)
+        raw = _load_files(args, cache_dir)
     else:
         from pydoc_data.topics import topics
 
         raw = DatasetDict(train=Dataset.from_dict({"text": [topics[name] + END for name in sorted(topics)]}))
+    if "train" not in raw:
+        raise ValueError(f"--dataset_name {args.dataset_name} has no split 'train': it has {sorted(raw)}")
+    column = text_column(raw)
+    if not all(isinstance(row[column], str) for row in raw["train"].select(range(min(100, len(raw["train"]))))):
+        raise ValueError(f"column {column!r} of the training text holds something else than text")
     if "validation" not in raw:
         train = raw["train"]
         held_out = max(1, len(train) * args.validation_split_percentage // 100)
@@ -109,7 +138,7 @@ def blocks_of(data: DatasetDict, tokenizer: Any, block_size: int) -> DatasetDict
     column = text_column(data)
 
     def cut(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
-        ids = [i for text in batch[column] for i in tokenizer(text, verbose=False)["input_ids"]]
+        ids = [i for text in batch[column] if text for i in tokenizer(text, verbose=False)["input_ids"]]
         whole = len(ids) // block_size * block_size
         sequences = [ids[i : i + block_size] for i in range(0, whole, block_size)]
         return {"input_ids": sequences, "labels": [list(s) for s in sequences]}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import statistics
 import sys
 import time
@@ -42,11 +43,12 @@ from hf_pc.trainer import BackpropTrainer
 #: where the defaults of the demonstration differ from those of TrainingArguments
 DEMO: dict[str, Any] = {
     "do_train": True, "do_eval": True,
-    "block_size": 128, "max_steps": 300, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 16,
-    "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 30, "logging_steps": 10,
+    "block_size": 128, "max_steps": 400, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 16,
+    "learning_rate": 4e-3, "adam_beta2": 0.95, "lr_scheduler_type": "cosine", "warmup_steps": 60,
+    "logging_steps": 10,
     "eval_strategy": "steps", "eval_steps": 50, "save_strategy": "no", "use_cpu": not torch.cuda.is_available(),
 }  # fmt: skip
-DEMO_MODEL = "n_layer=4,n_embd=128,n_head=4,n_positions=128,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0"
+DEMO_MODEL = "n_layer=4,n_embd=128,n_head=4,n_positions=128,initializer_range=0.06,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0"
 
 
 @dataclass
@@ -64,6 +66,9 @@ class ModelArguments:
     compare_bp: bool = field(default=True, metadata={"help": "Train by backprop too, from the same start."})
 
     def __post_init__(self) -> None:
+        allowed = (None, "auto", "bfloat16", "float16", "float32")
+        if self.dtype not in allowed:
+            raise ValueError(f"--dtype {self.dtype} is unknown; allowed: {', '.join(map(str, allowed[1:]))}")
         if self.model_name_or_path and (self.config_name or self.config_overrides):
             raise ValueError("--config_name and --config_overrides are for models trained from scratch, not with "
                              f"--model_name_or_path {self.model_name_or_path}")  # fmt: skip
@@ -100,21 +105,35 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, CLMTrainingAr
     parser = HfArgumentParser((ModelArguments, DataArguments, CLMTrainingArguments, PCConfig))  # type: ignore[arg-type]
     own = ("model_name_or_path", "config_name", "train_file", "dataset_name")
     if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
-        if not Path(argv[0]).is_file():
-            raise ValueError(f"{argv[0]}: there is no such file")
-        import yaml
+        argv = flags_of(Path(argv[0]))
+    names = {arg.lstrip("-").split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
+    if not names.intersection(own):
+        parser.set_defaults(**DEMO)
+    model_args, data_args, args, pc_config = parser.parse_args_into_dataclasses(argv)
+    if not args.do_train and "do_eval" not in names:  # an eval_strategy sets do_eval by itself
+        args.do_train = args.do_eval = True
+    return model_args, data_args, args, pc_config  # type: ignore[return-value]
 
-        given = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))  # JSON is YAML
-        if not isinstance(given, dict):
-            raise ValueError(f"{argv[0]} holds no table of settings")
-        demo = {} if any(name in given for name in own) else DEMO
-        parsed = parser.parse_dict({**demo, **given})
-    else:
-        names = {arg.lstrip("-").split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
-        if not names.intersection(own):
-            parser.set_defaults(**DEMO)
-        parsed = parser.parse_args_into_dataclasses(argv)
-    return parsed  # type: ignore[return-value]
+
+def flags_of(path: Path) -> list[str]:
+    """The flags that a .json or .yaml file of settings stands for. Raises ValueError if it is none."""
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
+    text = path.read_text(encoding="utf-8")
+    try:
+        given = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} holds no table of settings")
+    flags: list[str] = []
+    for name, value in given.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            flags += [f"--{name}", *map(str, values)]
+    return flags
 
 
 def load_model_and_tokenizer(args: ModelArguments, data: Any) -> tuple[Any, Any]:
@@ -177,22 +196,25 @@ def show(results: dict[str, Any]) -> None:
 def run_backprop(weights: dict[str, torch.Tensor], model: Any, options: dict[str, Any], args: Any, main: bool) -> Any:
     model.load_state_dict(weights)
     args = copy.copy(args)
-    args.output_dir, args.save_strategy = str(Path(args.output_dir) / "backprop"), "no"
-    args.push_to_hub, args.load_best_model_at_end, args.report_to = False, False, []
+    args.output_dir = str(Path(args.output_dir) / "backprop")
+    args.push_to_hub, args.report_to = False, []
+    if not args.load_best_model_at_end:  # which is a comparison of best checkpoints, and needs them saved
+        args.save_strategy = "no"
     timer = StepTimer()
     trainer = BackpropTrainer(model=model, args=args, callbacks=[timer], **options)
     trainer.train()
-    metrics = trainer.evaluate()
-    Path(args.output_dir).rmdir() if main and not any(Path(args.output_dir).iterdir()) else None
+    metrics = trainer.evaluate() if args.do_eval else {}
+    if main:
+        shutil.rmtree(args.output_dir, ignore_errors=True)
     return trainer.state.log_history, metrics, timer.median
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     model_args, data_args, args, pc_config = parse(sys.argv[1:] if argv is None else argv)
-    if not args.do_train and not args.do_eval:
-        args.do_train = args.do_eval = True
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise ValueError(f"--output_dir {args.output_dir} is a file: a folder is needed")
     set_seed(args.seed)
-    data = load_text(data_args, model_args.cache_dir, model_args.token, model_args.trust_remote_code)
+    data = load_text(data_args, model_args.cache_dir, model_args.token)
     model, tokenizer = load_model_and_tokenizer(model_args, data)
     data = blocks_of(data, tokenizer, choose_block_size(data_args.block_size, model, tokenizer))
     train, valid = data["train"], data["validation"]
@@ -223,7 +245,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         trained = copy.deepcopy(model.state_dict())
         histories["backprop"], metrics, seconds = run_backprop(weights, model, options, args, main_process)
         model.load_state_dict(trained)
-        results |= {"bp_eval_loss": metrics["eval_loss"], "bp_perplexity": metrics["eval_perplexity"]}
+        if metrics:
+            results |= {"bp_eval_loss": metrics["eval_loss"], "bp_perplexity": metrics["eval_perplexity"]}
         results |= {"bp_step_seconds": seconds, "step_time_ratio": results["pc_step_seconds"] / seconds}
     folder = Path(args.output_dir)
     if main_process:

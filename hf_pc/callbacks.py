@@ -22,7 +22,10 @@ class SteeringCallback(TrainerCallback):
             self.trainer.pc.steer(self.trainer.reduce_sums)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if state.global_step >= state.max_steps:  # the regime of the last steps is logged too, however short the run
+        quiet = args.logging_strategy == "no"
+        if (
+            state.global_step >= state.max_steps and not quiet
+        ):  # the regime of the last steps is logged too, however short the run
             control.should_log = True
         return control
 
@@ -45,6 +48,8 @@ class NonFiniteGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         node = self._node or self.trainer.nonfinite_node
         self._node = None
+        if node is None and not args.fp16:  # there the gradient scaler takes care of overflows
+            node = "a gradient" if any(_overflows(p.grad) for p in model.parameters()) else None
         anywhere = self.trainer.reduce_sums(torch.tensor([float(node is not None)], dtype=torch.float64))
         if not anywhere.item():
             self.in_a_row = 0
@@ -52,8 +57,8 @@ class NonFiniteGuard(TrainerCallback):
         for parameter in model.parameters():
             parameter.grad = None
         self.in_a_row += 1
-        where = node or "another process's node"
-        logger.warning("step %d: the free energy of node %r is not finite; no update", state.global_step + 1, where)
+        where = repr(node) if node else "another process"
+        logger.warning("step %d: free energy or gradient of %s is not finite; no update", state.global_step + 1, where)
         if self.in_a_row >= self.patience:
             self.trainer.stopped_by = where
 
@@ -61,6 +66,10 @@ class NonFiniteGuard(TrainerCallback):
         if self.trainer.stopped_by is not None:
             control.should_save = control.should_training_stop = True
         return control
+
+
+def _overflows(gradient: torch.Tensor | None) -> bool:
+    return gradient is not None and not bool(gradient.isfinite().all())
 
 
 class PCProgressCallback(ProgressCallback):

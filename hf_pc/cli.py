@@ -53,11 +53,22 @@ def _shapes(model: Any, nodes: Sequence[Node]) -> dict[str, list[int]]:
     handles = [node.attach(note) for node in nodes]
     try:
         with torch.no_grad():
-            model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long))
+            model.eval()(**_example(model))
     finally:
         for handle in handles:
             handle.remove()
     return shapes
+
+
+def _example(model: Any) -> dict[str, Tensor]:
+    """The smallest input of a model: two tokens, or one image."""
+    config, device = model.config, model.device
+    if model.main_input_name == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        sides = [size, size] if isinstance(size, int) else list(size)
+        return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), *sides, device=device)}
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
 
 
 def list_nodes(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -75,7 +86,8 @@ def list_nodes(args: argparse.Namespace) -> list[dict[str, Any]]:
     if not args.auto_class.startswith("AutoModel") or auto_class is None:
         raise ValueError(f"--auto_class {args.auto_class!r} is no AutoModel class of transformers")
     model_config = transformers.AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    model = auto_class.from_config(model_config, trust_remote_code=args.trust_remote_code)
+    with torch.device("meta"):  # shapes alone: nothing is allocated
+        model = auto_class.from_config(model_config, trust_remote_code=args.trust_remote_code)
     nodes = resolve(model, config)
     shapes = _shapes(model, nodes)
     return [
@@ -108,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         rows = list_nodes(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, AttributeError, OSError) as error:
         print(f"hf-pc: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     if args.json:

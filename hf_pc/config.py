@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +18,16 @@ WEIGHT_UPDATES = ("final", "every_sweep")
 DROPOUT_POLICIES = ("replay", "off")
 
 
-def _check_positive(owner: str, name: str, value: object, *, upper: float = math.inf) -> None:
+#: what a scale may be: beyond it float32 runs over
+SMALLEST, LARGEST = 1e-12, 1e12
+
+
+def check_scale(owner: str, name: str, value: object, *, upper: float = LARGEST) -> None:
+    """Raise ValueError unless `value` is a number between SMALLEST and `upper`."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not 0 < value < upper:  # type: ignore[operator,arg-type]
-        allowed = "a number above 0" if upper == math.inf else f"a number between 0 and {upper:g}, both excluded"
-        raise ValueError(f"{owner}.{name}={value!r} is not allowed: {allowed} is needed")
+    if not number or not SMALLEST <= value <= upper or value == 1 == upper:  # type: ignore[operator]
+        allowed = "between 0 and 1, both excluded" if upper == 1 else f"above 0, from {SMALLEST:g} to {upper:g},"
+        raise ValueError(f"{owner}.{name}={value!r} is not allowed: a number {allowed} is needed")
 
 
 def _check_known(owner: str, given: dict[str, Any], cls: type) -> None:
@@ -62,8 +67,8 @@ class NodeSpec:
         if self.energy is not None:
             _check_string("NodeSpec", "energy", self.energy)
         if self.precision is not None:
-            _check_positive("NodeSpec", "precision", self.precision)
-        _check_positive("NodeSpec", "step_factor", self.step_factor)
+            check_scale("NodeSpec", "precision", self.precision)
+        check_scale("NodeSpec", "step_factor", self.step_factor)
 
     @classmethod
     def parse(cls, value: object) -> NodeSpec:
@@ -84,11 +89,11 @@ class NodeSpec:
 class PCConfig:
     """How a model is relaxed and learns (Pinchetti et al. 2022, arXiv 2211.03481).
 
-    Exactly one of `precision`, `relative_std` and `relaxed_fraction` says how strongly errors are penalised; with
+    One of `precision`, `relative_std` and `relaxed_fraction` says how strongly errors are penalised; with
     none given, `relaxed_fraction` is 0.03.
 
     Args:
-        nodes: a preset ("block", "sublayer", "linear"), a pattern, or a list of patterns and `NodeSpec`s.
+        nodes: a preset ("block", "sublayer", "linear"), a pattern, or a list of presets, patterns and `NodeSpec`s.
         energy: the energy of internal nodes, the name of a registered energy.
         attention_energy: an energy of the attention logits, "categorical" or "gaussian"; None makes them no nodes.
         output: the output node's energy: "categorical", "gaussian", "bernoulli", or "auto" for what the model's
@@ -98,7 +103,8 @@ class PCConfig:
         relaxed_fraction: a target for the share of the output error that relaxation changes. A controller steers
             `relative_std` to hold it, once per optimiser step.
         solver: the name of a registered solver.
-        sweeps: passes over the network per step, T >= 1, the learning pass included. T = 1 is backprop.
+        sweeps: passes over the network per step, T >= 1, the learning pass included. T = 1 is backprop for
+            Gaussian nodes of the `error` solver at step 1 or "auto".
         step_size: "auto" (each sequence's free energy never rises) or a number in units of 1/precision.
         state_optimizer: the name of a class of torch.optim that moves the states of the `state` and `lagrangian`
             solvers; `step_size` is its learning rate. None steps down the gradient.
@@ -114,7 +120,7 @@ class PCConfig:
 
     # unions are ordered as HfArgumentParser reads them: the command line gives text for both fields
     nodes: list[NodeSpec] | str | None = field(
-        default="block", metadata={"help": "Preset (block, sublayer, linear) or pattern; several separated by commas."}
+        default="block", metadata={"help": "Presets (block, sublayer, linear) or patterns, separated by commas."}
     )
     energy: str = field(default="gaussian", metadata={"help": "Energy of internal nodes."})
     attention_energy: str | None = field(
@@ -166,6 +172,9 @@ class PCConfig:
                 raise ValueError(f"PCConfig.{name}={value!r} is unknown; allowed: {allowed}")
         strengths = {n: getattr(self, n) for n in ("precision", "relative_std", "relaxed_fraction")}
         given = {n: v for n, v in strengths.items() if v is not None}
+        if len(given) > 1 and given.get("relaxed_fraction") == DEFAULT_RELAXED_FRACTION:
+            self.relaxed_fraction = None  # the default gives way, as when dataclasses.replace sets another
+            del given["relaxed_fraction"]
         if len(given) > 1:
             both = " and ".join(f"{n}={v!r}" for n, v in given.items())
             raise ValueError(
@@ -174,7 +183,8 @@ class PCConfig:
         if not given:
             self.relaxed_fraction = DEFAULT_RELAXED_FRACTION
         for name, value in given.items():
-            _check_positive("PCConfig", name, value, upper=1.0 if name == "relaxed_fraction" else math.inf)
+            upper = {"relaxed_fraction": 1.0, "relative_std": 1e6}.get(name, LARGEST)
+            check_scale("PCConfig", name, value, upper=upper)
         if not isinstance(self.sweeps, int) or isinstance(self.sweeps, bool) or self.sweeps < 1:
             raise ValueError(f"PCConfig.sweeps={self.sweeps!r} is not allowed: a whole number of at least 1 is needed")
         self._normalise_step_size()
@@ -207,8 +217,9 @@ class PCConfig:
     def _normalise_nodes(self) -> None:
         if isinstance(self.nodes, str):
             _check_string("PCConfig", "nodes", self.nodes)
-            if "," in self.nodes:
-                self.nodes = [NodeSpec.parse(part.strip()) for part in self.nodes.split(",")]
+            parts = re.split(r",(?![^{\[(]*[}\])])", self.nodes)  # not at the commas inside a regular expression
+            if len(parts) > 1:
+                self.nodes = [NodeSpec.parse(part.strip()) for part in parts]
         elif isinstance(self.nodes, (list, tuple)) and self.nodes:
             self.nodes = [NodeSpec.parse(part) for part in self.nodes]
         else:
@@ -223,7 +234,7 @@ class PCConfig:
                     f"PCConfig.step_size={self.step_size!r}: 'auto' or a number above 0 is needed"
                 ) from None
         if self.step_size != "auto":
-            _check_positive("PCConfig", "step_size", self.step_size)
+            check_scale("PCConfig", "step_size", self.step_size)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` gives the same configuration back."""
@@ -254,15 +265,24 @@ class PCConfig:
             FileNotFoundError: there is none.
             ValueError: it is malformed.
         """
-        from transformers.utils.hub import cached_file
-
-        found = cached_file(
-            str(path_or_repo), PC_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs
-        )
-        if found is None:
+        values = read_json(path_or_repo, PC_CONFIG_NAME, **hub_kwargs)
+        if values is None:
             raise FileNotFoundError(f"{path_or_repo} holds no {PC_CONFIG_NAME}: it was not saved by hf_pc")
-        try:
-            values = json.loads(Path(found).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{found} is not a JSON file: {error}") from error
         return cls.from_dict(values)
+
+
+def read_json(path_or_repo: str | os.PathLike[str], name: str, **hub_kwargs: Any) -> Any:
+    """What a JSON file of a folder or a Hub repository holds; None where there is no such file.
+
+    Raises:
+        ValueError: it is no JSON file.
+    """
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(str(path_or_repo), name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    if found is None:
+        return None
+    try:
+        return json.loads(Path(found).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{found} is not a JSON file: {error}") from error

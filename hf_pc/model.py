@@ -6,6 +6,7 @@ of transformers, and a detached or merely evaluated model computes bit for bit w
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tempfile
@@ -13,13 +14,14 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_pc.attention import AttentionNodes
-from hf_pc.config import PCConfig
+from hf_pc.config import PCConfig, check_scale, read_json
 from hf_pc.node import LEARN, RELAX, Node
 from hf_pc.output import Output, auxiliary_loss
 from hf_pc.placement import resolve
@@ -27,9 +29,12 @@ from hf_pc.relaxation import Relaxation, add_sums, regime, relaxed_fraction, sum
 from hf_pc.rng import RandomState
 from hf_pc.solvers import SOLVERS
 
+#: modules that are nodes of some PCModel
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+STATE_NAME = "pc_state.json"
 INITIAL_RELATIVE_STD = 0.2
 STEERING_GAIN, STEERING_LIMIT = 0.5, 0.7
+SMALLEST_STD, LARGEST_STD = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
@@ -87,11 +92,10 @@ class PCModel:
         self.relative_std = self.config.relative_std or INITIAL_RELATIVE_STD
         self.relaxation: Relaxation | None = None
         self._random: RandomState | None = None
-        self._confirm: Callable[[Tensor], bool] | None = None
+        self._confirm: Callable[[], bool] | None = None
         self._steering: dict[str, Tensor] = {}
         self._keep_states = False
         self._states: dict[str, Tensor] = {}
-        self._handles: list[Any] = []
         self.attach()
 
     @property
@@ -101,24 +105,26 @@ class PCModel:
 
     def attach(self) -> None:
         """Put the nodes onto the model. Raises ValueError if some PCModel is attached to it already."""
-        if self.model in _ATTACHED:
+        if any(node.module in _ATTACHED for node in self._module_nodes):
             raise ValueError(
                 f"{type(self.model).__name__} has PC nodes already: detach() the PCModel that put them there"
             )
-        self._handles = [node.attach(self._visit) for node in self._module_nodes]
+        visit = weakref.WeakMethod(self._visit)  # hooks do not keep a PCModel alive that nobody else does
+        call: Callable[[Node, Tensor], Tensor | None] = lambda node, mu: (  # noqa: E731
+            None if (alive := visit()) is None else alive(node, mu)
+        )
+        handles = [node.attach(call) for node in self._module_nodes]
         if self._attention:
-            self._attention.attach(self._visit)
-        _ATTACHED.add(self.model)
+            self._attention.attach(call)
+        modules = [node.module for node in self._module_nodes]
+        _ATTACHED.update(modules)
+        self._detach = weakref.finalize(self, _remove, handles, modules, self._attention)
 
     def detach(self) -> None:
         """Remove the nodes; the model is what it was. Does nothing if they are gone already."""
-        for handle in self._handles:
-            handle.remove()
-        if self._handles:
-            _ATTACHED.discard(self.model)
-            if self._attention:
-                self._attention.detach()
-        self._handles = []
+        if self.relaxation is not None:
+            raise RuntimeError("this PCModel is relaxing a batch: detach() it afterwards")
+        self._detach()
 
     def _visit(self, node: Node, mu: Tensor) -> Tensor | None:
         if self.relaxation is None:
@@ -133,6 +139,8 @@ class PCModel:
         assert self._random is not None
         assert self.relaxation is not None
         self._random.restore()
+        if self.config.dropout == "off":  # again in every pass: a Trainer calls train() in between
+            self.model.eval()
         try:
             outputs = forward(**batch)
         except RuntimeError as error:
@@ -143,6 +151,9 @@ class PCModel:
             outputs = forward(**batch)
         if self._attention:
             self._attention.check()
+        if not self.relaxation.sites:
+            names = ", ".join(repr(node.name) for node in self._module_nodes)
+            raise ValueError(f"none of the nodes ran in a pass over {type(self.model).__name__}: {names}")
         energy = self.output.total(outputs, labels)
         self.relaxation.note_output(energy)
         return outputs, energy
@@ -166,7 +177,7 @@ class PCModel:
                 f"weight_update={self.config.weight_update!r} moves the weights while the states relax, which takes "
                 "an optimizer: use PCTrainer"
             )
-        if not self._handles:
+        if not self._detach.alive:
             raise RuntimeError("this PCModel is detached: attach() it first")
         if self.relaxation is not None:
             raise RuntimeError("this PCModel is relaxing a batch already: one batch at a time")
@@ -198,14 +209,14 @@ class PCModel:
             inputs: the batch that `relaxed` was given.
             forward: what to call instead of the model, such as its distributed wrapper.
         """
-        assert self.relaxation is not None
-        assert self._confirm is not None
+        if self.relaxation is None or self._confirm is None:
+            raise RuntimeError("learning_pass belongs inside `with pc.relaxed(inputs)`")
         batch, labels = self._split(inputs)
         forward = forward or self.model
         self.relaxation.bare = forward is self.model
         self.relaxation.begin(mode)
         outputs, energy = self._pass(forward, batch, labels)
-        if not self._confirm(energy):
+        if not _everywhere(self._confirm(), energy.device, bare=self.relaxation.bare):
             del outputs
             self.relaxation.begin(mode)
             outputs, energy = self._pass(forward, batch, labels)
@@ -213,8 +224,11 @@ class PCModel:
 
     def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
         batch, labels = self.output.split(inputs)
-        if getattr(getattr(self.model, "config", None), "use_cache", False):
+        config = getattr(self.model, "config", None)
+        if getattr(config, "use_cache", False):
             batch.setdefault("use_cache", False)
+        if batch.get("return_dict") is False or not getattr(config, "return_dict", True):
+            batch["return_dict"] = True
         return batch, labels
 
     @contextmanager
@@ -261,9 +275,11 @@ class PCModel:
 
     def _run(self, inputs: Mapping[str, Any], mode: str, items: Tensor | int | None) -> RelaxationOutput:
         self.output.count(self.output.split(inputs)[1])
+        if items is not None and items <= 0:
+            raise ValueError(f"num_items_in_batch={items!r} is not allowed: a number above 0 is needed")
         self._keep_states = True
         try:
-            with self.relaxed(inputs) as relaxation:
+            with torch.enable_grad(), self.relaxed(inputs) as relaxation:
                 if mode == RELAX:
                     with self._frozen():
                         energy, _ = self.learning_pass(inputs, mode=RELAX)
@@ -271,7 +287,8 @@ class PCModel:
                 else:
                     loss, outputs = self.learning_pass(inputs)
                     divisor = relaxation.tokens if items is None else items
-                    torch.autograd.backward(loss / divisor + auxiliary_loss(self.model, outputs))
+                    share = relaxation.tokens / divisor
+                    torch.autograd.backward(loss / divisor + share * auxiliary_loss(self.model, outputs))
                     self.observe(relaxation)
                 facts = summary(relaxation.sums())
                 facts["sweeps"] = relaxation.sweeps
@@ -306,12 +323,15 @@ class PCModel:
         self._steering = {}
         if target is None or self.config.sweeps == 1 or not seen:
             return
+        if not any(node.precision is None for node in self.nodes):
+            return
         change, reference = reduce(torch.stack([seen["change"], seen["reference"]])).unbind()
         measured = relaxed_fraction({"change": change, "reference": reference})
         if not math.isfinite(measured):
             return
         step = 0.5 * STEERING_GAIN * math.log(target / max(measured, 1e-6 * target))
-        self.relative_std *= math.exp(max(-STEERING_LIMIT, min(STEERING_LIMIT, step)))
+        moved = self.relative_std * math.exp(max(-STEERING_LIMIT, min(STEERING_LIMIT, step)))
+        self.relative_std = max(SMALLEST_STD, min(LARGEST_STD, moved))
 
     def state_dict(self) -> dict[str, Any]:
         """What steering and the energies have learned, for an exact resume; ready for JSON."""
@@ -320,17 +340,26 @@ class PCModel:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`. Raises ValueError on anything else."""
-        value = state.get("relative_std") if isinstance(state, Mapping) else None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"relative_std={value!r} is not allowed: a number above 0 is needed")
-        self.relative_std = float(value)
+        self.check_state(state)
+        self.relative_std = float(state["relative_std"])
         for node in self.nodes:
             node.energy.load_state_dict(state.get("energies", {}).get(node.name, {}))
 
+    @staticmethod
+    def check_state(state: Any) -> None:
+        """Raise ValueError if this is no `state_dict`."""
+        value = state.get("relative_std") if isinstance(state, Mapping) else None
+        check_scale("state", "relative_std", value, upper=LARGEST_STD)
+
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write the model as transformers does, and `pc_config.json` beside it."""
+        """Write the model as transformers does, and `pc_config.json` and `pc_state.json` beside it."""
         self.model.save_pretrained(folder, **kwargs)  # type: ignore[operator]
         self.config.save_pretrained(folder)
+        self.save_state(Path(folder))
+
+    def save_state(self, folder: Path) -> None:
+        """Write `state_dict` to `pc_state.json` in a folder."""
+        (folder / STATE_NAME).write_text(json.dumps(self.state_dict()) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(
@@ -342,6 +371,8 @@ class PCModel:
     ) -> PCModel:
         """Load weights with `auto_class.from_pretrained` and attach the nodes of its `pc_config.json`.
 
+        What steering had learned is taken up again from `pc_state.json`, where there is one.
+
         Args:
             path_or_repo: a folder or a Hub repository.
             auto_class: such as AutoModelForCausalLM, the default.
@@ -351,8 +382,12 @@ class PCModel:
         from transformers import AutoModelForCausalLM
 
         hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder") if k in kwargs}
+        found = None if config else read_json(path_or_repo, STATE_NAME, **hub)
         config = config or PCConfig.from_pretrained(path_or_repo, **hub)
-        return cls((auto_class or AutoModelForCausalLM).from_pretrained(path_or_repo, **kwargs), config)
+        pc = cls((auto_class or AutoModelForCausalLM).from_pretrained(path_or_repo, **kwargs), config)
+        if found is not None:
+            pc.load_state_dict(found)
+        return pc
 
     def push_to_hub(
         self, repo_id: str, *, commit_message: str = "Upload model", private: bool | None = None,
@@ -368,3 +403,21 @@ class PCModel:
             return api.upload_folder(
                 repo_id=repo.repo_id, folder_path=folder, commit_message=commit_message, revision=revision
             )
+
+
+def _remove(handles: list[Any], modules: list[nn.Module], attention: AttentionNodes | None) -> None:
+    for handle in handles:
+        handle.remove()
+    for module in modules:
+        _ATTACHED.discard(module)
+    if attention:
+        attention.detach()
+
+
+def _everywhere(stands: bool, device: torch.device, *, bare: bool) -> bool:
+    """Whether a pass stands on every process: through a distributed wrapper all of them repeat it, or none."""
+    if bare or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return stands
+    vote = torch.tensor([float(stands)], device=device)
+    torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MIN)
+    return bool(vote.item())

@@ -72,6 +72,8 @@ class Output(ABC):
         labels = batch.get("labels")
         if labels is None:
             raise ValueError(f"a batch without labels cannot be learned from: it holds {sorted(batch)}")
+        if not isinstance(labels, Tensor):
+            raise ValueError(f"labels of type {type(labels).__name__} are not supported: a tensor is needed")
         labels = self.convert(labels)
         if not self.keep_labels:
             del batch["labels"]
@@ -121,7 +123,7 @@ class CategoricalOutput(Output):
             raise ValueError(
                 f"labels of dtype {labels.dtype} are no class indices: choose the output 'gaussian' or 'bernoulli'"
             )
-        return labels
+        return labels.long()
 
     def energy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Nats per sequence, [batch], for logits [batch, ..., classes] and aligned labels [batch, ...]."""

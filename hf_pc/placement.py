@@ -33,13 +33,15 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer) and not any(_inside(name, outer) for outer in marked):
             marked[name] = module
-    return marked or _longest_list(model)
+    return marked or _longest_list(model, 2) or _longest_list(model, 1)
 
 
-def _longest_list(model: nn.Module) -> dict[str, nn.Module]:
+def _longest_list(model: nn.Module, least: int) -> dict[str, nn.Module]:
+    """The longest list of equal modules; of lists of one, which hold a shared layer, the innermost."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > max(1, len(found)) and len(set(map(type, module))) == 1:
+        longer = isinstance(module, nn.ModuleList) and len(module) >= max(least, len(found) + (least > 1))
+        if longer and len(set(map(type, module))) == 1:
             found = {f"{name}.{i}": child for i, child in enumerate(module)}
     return found
 
@@ -108,18 +110,32 @@ def _matches(pattern: str, name: str) -> bool:
         return False
 
 
-def _by_pattern(model: nn.Module, pattern: str, presets: bool) -> dict[str, nn.Module]:
+def _by_pattern(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     names = dict(model.named_modules())
     found = {name: module for name, module in names.items() if name and _matches(pattern, name)}
+    for name, module in found.items():
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            raise ValueError(
+                f"nodes={pattern!r} matches {name!r}, a {type(module).__name__}, which is never called: choose what "
+                f"is in it, such as {name + '.0'!r}"
+            )
     if not found:
         ends = {name.rsplit(".", 1)[-1] for name in names} | set(names)
-        kind = (
-            f"neither a preset ({', '.join(PLACEMENTS.names())}) nor a pattern that" if presets else "a pattern that"
-        )
-        verb = "matches a module" if presets else "matches no module"
         raise ValueError(
-            f"nodes={pattern!r} is {kind} {verb} of {type(model).__name__}; the nearest names are "
-            f"{nearest(pattern, ends - {''})}"
+            f"nodes={pattern!r} is neither a preset ({', '.join(PLACEMENTS.names())}) nor a pattern that matches a "
+            f"module of {type(model).__name__}; the nearest names are {nearest(pattern, ends - {''})}"
+        )
+    return found
+
+
+def _by_name(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    if name not in PLACEMENTS:
+        return _by_pattern(model, name)
+    found = PLACEMENTS[name](model)
+    if not found:
+        raise ValueError(
+            f"nodes={name!r} finds no transformer block in {type(model).__name__}: give patterns, such as "
+            "nodes=['layers.0', 'layers.1']"
         )
     return found
 
@@ -130,21 +146,13 @@ def resolve(model: nn.Module, config: PCConfig) -> list[Node]:
     Raises:
         ValueError: a pattern matches nothing, a preset finds nothing, or two rules hit one module.
     """
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(f"{type(model).__name__} is compiled as a whole, which skips the hooks of nodes: compile the "
+                         "forward of each block instead, or nothing")  # fmt: skip
     chosen: dict[str, Node] = {}
-    if isinstance(config.nodes, str) and config.nodes in PLACEMENTS:
-        found = PLACEMENTS[config.nodes](model)
-        if not found:
-            raise ValueError(
-                f"nodes={config.nodes!r} finds no transformer block in {type(model).__name__}: give patterns, such as "
-                "nodes=['layers.0', 'layers.1']"
-            )
-        rules = [(NodeSpec(config.nodes), found)]
-    else:
-        specs = [NodeSpec(config.nodes)] if isinstance(config.nodes, str) else config.nodes or []
-        alone = isinstance(config.nodes, str)
-        rules = [(spec, _by_pattern(model, spec.pattern, presets=alone)) for spec in specs]
-    for spec, found in rules:
-        for name, module in found.items():
+    specs = [NodeSpec(config.nodes)] if isinstance(config.nodes, str) else config.nodes or []
+    for spec in specs:
+        for name, module in _by_name(model, spec.pattern).items():
             if name in chosen:
                 raise ValueError(f"module {name!r} matches {spec.pattern!r} and another of the nodes: one rule each")
             energy = ENERGIES[spec.energy or config.energy]()

@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_pc.energies import wide
 from hf_pc.node import RELAX, LossScale, Node, Site
 
-FEEDFORWARD_LABEL = "output"
+OUTPUT_LABEL = "output"
 
 
 class Relaxation:
@@ -166,11 +166,16 @@ class Relaxation:
             total = total + site.energy.to(total.device)
         return total
 
+    def _signal(self) -> Tensor:
+        return sum((site.signal_square for site in self.sites), torch.zeros((), dtype=torch.float64))
+
     def residual(self) -> Tensor:
-        """|dF/de| / |g| of each sequence at the last pass, [batch]: 1 where it starts, 0 at equilibrium."""
+        """|dF/de| / |g| of each sequence at the last pass, [batch]: 1 where it starts, 0 at equilibrium.
+
+        It is 0 where no signal arrives, as for a sequence without labels; means leave such sequences out.
+        """
         gradient = sum((site.gradient_square for site in self.sites), torch.zeros((), dtype=torch.float64))
-        signal = sum((site.signal_square for site in self.sites), torch.zeros((), dtype=torch.float64))
-        return (gradient / signal.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+        return (gradient / self._signal().clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
 
     def first_nonfinite(self) -> str | None:
         """The first node, in the order of the forward pass, whose prediction or energy is not finite."""
@@ -179,7 +184,7 @@ class Relaxation:
                 if not bool(getattr(site, name).isfinite().all()):
                     return site.label
         if self.output_energy is not None and not bool(self.output_energy.isfinite().all()):
-            return FEEDFORWARD_LABEL
+            return OUTPUT_LABEL
         return None
 
     def sums(self) -> dict[str, Tensor]:
@@ -188,7 +193,7 @@ class Relaxation:
         scalar: Callable[[Any], Tensor] = lambda value: torch.as_tensor(value, dtype=torch.float64)  # noqa: E731
         sums = {
             "tokens": self.tokens.double(),
-            "sequences": scalar(self.batch),
+            "sequences": (self._signal() > 0).double().sum(),
             "batches": scalar(1),
             "sweeps": scalar(self.sweeps),
             "tried": scalar(self.tried),
@@ -197,7 +202,7 @@ class Relaxation:
             "change": self._change,
             "reference": self._reference,
             "free_energy": self.free_energy().sum(),
-            f"energy/{FEEDFORWARD_LABEL}": self.output_energy.detach().double().sum(),
+            f"energy/{OUTPUT_LABEL}": self.output_energy.detach().double().sum(),
         }
         for site in self.sites:
             sums[f"energy/{site.label}"] = site.energy.sum()

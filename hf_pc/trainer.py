@@ -8,8 +8,8 @@ checkpoints and gradient synchronisation stay the Trainer's.
 from __future__ import annotations
 
 import json
-import logging
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +22,11 @@ from transformers.trainer_callback import ProgressCallback
 
 from hf_pc.callbacks import NonFiniteGuard, PCProgressCallback, SteeringCallback
 from hf_pc.config import PCConfig
-from hf_pc.model import PCModel
+from hf_pc.model import STATE_NAME, PCModel
 from hf_pc.output import IGNORED, Output, auxiliary_loss
 from hf_pc.placement import resolve
 from hf_pc.relaxation import add_sums, summary
 
-logger = logging.getLogger(__name__)
-STATE_NAME = "pc_state.json"
 _TrainerPart: Any = Trainer if TYPE_CHECKING else object
 
 
@@ -79,8 +77,20 @@ class TokenLossMixin(_TrainerPart):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(PCProgressCallback)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(TokenLossMixin) > order.index(Trainer):
+            raise TypeError(f"class {cls.__name__}: name PCTrainerMixin before the Trainer, or it changes nothing")
+
     def _check(self, model: Any, args: TrainingArguments | None, kwargs: Mapping[str, Any]) -> None:
         """Raise ValueError on what the output energy cannot do."""
+        for cls in type(self).__mro__:
+            if "compute_loss" in vars(cls) and cls not in (TokenLossMixin, Trainer):
+                raise ValueError(
+                    f"{cls.__name__}.compute_loss is not supported: the loss is the output energy, computed from the "
+                    "logits and the labels"
+                )
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func is not supported: the output energy is computed from the logits")
         if args is not None and args.label_smoothing_factor:
@@ -98,15 +108,19 @@ class TokenLossMixin(_TrainerPart):
     ) -> Any:
         """The output energy, nats per label token of the optimiser step (of the batch, in evaluation)."""
         labels = self.output.split(inputs)[1]
+        learning = model.training
         energy, outputs = self._output_energy(model, inputs)
-        if not model.training:  # [batch]; a learning pass hands over its sum
+        if not learning:  # [batch]; a learning pass hands over its sum
             tokens = labels.ne(IGNORED).flatten(1).sum(1) if labels.dim() > 1 else labels.ne(IGNORED).long()
             self._evaluated = [energy.detach().double(), tokens.to(energy.device).double()]
         items = num_items_in_batch if num_items_in_batch is not None else labels.ne(IGNORED).sum()
-        if model.training and not items:
+        if learning and not items:
             raise ValueError(f"every label of the batch is ignored ({IGNORED}): there is nothing to learn from")
-        loss = energy.sum() / max(items, 1) + auxiliary_loss(self.model, outputs)
-        if model.training and self.args.average_tokens_across_devices:
+        items = max(items, 1)
+        # a router's loss is a mean over its batch: it counts for the share of the step's tokens that the batch has
+        share = labels.ne(IGNORED).sum() / items
+        loss = energy.sum() / items + share * auxiliary_loss(self.model, outputs)
+        if learning and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
@@ -143,7 +157,7 @@ class PCTrainerMixin(TokenLossMixin):
     """Predictive coding for any Trainer subclass: `class MyPCTrainer(PCTrainerMixin, MyTrainer)`.
 
     Args:
-        pc_config: how to relax; None takes the defaults of PCConfig.
+        pc_config: how to relax, a PCConfig or its dictionary; None takes the defaults.
         args, kwargs: the Trainer's own.
 
     Raises:
@@ -152,9 +166,14 @@ class PCTrainerMixin(TokenLossMixin):
     """
 
     def __init__(
-        self, model: Any = None, args: Any = None, *rest: Any, pc_config: PCConfig | None = None, **kwargs: Any
+        self,
+        model: Any = None,
+        args: Any = None,
+        *rest: Any,
+        pc_config: PCConfig | dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        self.pc_config = pc_config or PCConfig()
+        self.pc_config = PCConfig.from_dict(pc_config) if isinstance(pc_config, dict) else pc_config or PCConfig()
         super().__init__(model, args, *rest, output=self.pc_config.output, **kwargs)
         self.pc: PCModel | None = None
         self.stopped_by: str | None = None
@@ -183,7 +202,10 @@ class PCTrainerMixin(TokenLossMixin):
                 "weight_update='every_sweep' moves the weights within a batch: it takes "
                 "gradient_accumulation_steps=1, one process and no fp16"
             )
-        if args.deepspeed:
+        backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+        if backend.lower() != "no":
+            raise ValueError(f"--dynamo_backend {backend} is not supported: a compiled model skips the hooks of nodes")
+        if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
             raise ValueError("DeepSpeed is not supported: it owns the backward pass")
         if args.torch_compile:
             raise ValueError("torch_compile=True is not supported: a compiled model skips the hooks of the nodes")
@@ -192,6 +214,7 @@ class PCTrainerMixin(TokenLossMixin):
         """As `Trainer.train`. Raises NonFiniteEnergyError where a non-finite free energy persisted."""
         if self.args.should_save:
             self.pc_config.save_pretrained(self.args.output_dir)
+        self._restored = self.pc.state_dict() if self.pc is not None else None  # training goes on where it was
         self.stopped_by, self._window, self.pc = None, {}, None
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -200,9 +223,9 @@ class PCTrainerMixin(TokenLossMixin):
                 self.pc.detach()
         if self.stopped_by is not None:
             raise NonFiniteEnergyError(
-                f"the free energy of node {self.stopped_by!r} is not finite, step after step; the weights are those "
-                f"before it happened and a checkpoint is in {self.args.output_dir}. Lower the learning rate or the "
-                "relaxed_fraction"
+                f"the free energy or the gradient of {self.stopped_by} is not finite, step after step; the weights "
+                f"are those before it happened and a checkpoint is in {self.args.output_dir}. Lower the learning rate "
+                "or the relaxed_fraction"
             )
         return result
 
@@ -290,13 +313,17 @@ class PCTrainerMixin(TokenLossMixin):
             folder = Path(output_dir or self.args.output_dir)
             self.pc_config.save_pretrained(folder)
             if self.pc is not None:
-                (folder / STATE_NAME).write_text(json.dumps(self.pc.state_dict()) + "\n", encoding="utf-8")
+                self.pc.save_state(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint) / STATE_NAME
         if path.is_file():
-            self._restored = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                self._restored = json.loads(path.read_text(encoding="utf-8"))
+                PCModel.check_state(self._restored)
+            except ValueError as error:
+                raise ValueError(f"{path} cannot be resumed from: {error}") from error
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """transformers' own card with the settings and the regime of this run; same signature."""

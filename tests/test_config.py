@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,16 @@ def test_patterns_and_their_precision() -> None:
         ("transformer.h.0.mlp", 7.0),
         ("transformer.h.2", None),
     ]
+
+
+@pytest.mark.parametrize("name", ["precision", "relative_std"])
+@pytest.mark.parametrize("value", [10**400, 1e300, 1e-320, float("nan"), float("inf"), -1.0, 0, True, "1"])
+def test_scales_that_run_over(name: str, value: object) -> None:
+    """A scale beyond float32's reach is refused by name, as a number or from a file."""
+    with pytest.raises(ValueError, match=name):
+        PCConfig.from_dict({name: value})
+
+
+def test_replacing_the_strength() -> None:
+    """The default target gives way to a strength that dataclasses.replace sets."""
+    assert dataclasses.replace(PCConfig(), precision=2.0).relaxed_fraction is None

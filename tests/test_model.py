@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,23 +11,7 @@ import pytest
 import torch
 from test_invariants import batch, make
 
-from hf_pc import PCConfig, PCModel
-from hf_pc.energies import ENERGIES
-
-
-def test_gaussian_energy_against_autograd() -> None:
-    """In float64 both gradients are autograd's, for one precision and for one per token."""
-    energy = ENERGIES["gaussian"]()
-    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
-    mu = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
-    for precision in (torch.tensor(0.7).double(), torch.rand(3, 4, 1, dtype=torch.float64) + 0.1):
-        gaussian = -torch.distributions.Normal(mu, precision.rsqrt().expand_as(mu)).log_prob(x)
-        grads = torch.autograd.grad(gaussian.sum(), (x, mu))
-        error = (x - mu).detach()
-        assert torch.allclose(energy.grad_state(error, None, precision), grads[0])
-        assert torch.allclose(energy.grad_prediction(error, None, precision), grads[1])
-        expected = 0.5 * (precision * error.square()).sum(-1)
-        assert torch.allclose(energy.energy(error, None, precision), expected)
+from hf_pc import NodeSpec, PCConfig, PCModel
 
 
 @pytest.mark.parametrize("step_size", ["auto", 0.9])
@@ -90,3 +75,87 @@ def test_push_uploads_model_and_configuration(monkeypatch: pytest.MonkeyPatch) -
     assert seen["repo_id"] == "user/model"
     assert seen["token"] == "t"
     assert {"model.safetensors", "config.json", "pc_config.json"} <= seen["files"]
+
+
+def test_attached_models_are_noticed_by_their_parts() -> None:
+    """Part of an attached model is attached; a PCModel that nobody holds any more lets its model go."""
+    model = make("gpt2")
+    pc = PCModel(model, PCConfig())
+    with pytest.raises(ValueError, match="has PC nodes already"):
+        PCModel(model.transformer, PCConfig())
+    del pc
+    gc.collect()
+    PCModel(model, PCConfig()).detach()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [("transformer.h", "never called"), ("lm_head_, nothing", "nearest"), ("transformer.wte", None)],
+)
+def test_nodes_that_never_run(nodes: str, message: str | None) -> None:
+    """A list of modules is no node: the error says so before any pass."""
+    if message is None:
+        assert PCModel(make("gpt2"), PCConfig(nodes=nodes)).nodes
+        return
+    with pytest.raises(ValueError, match=message):
+        PCModel(make("gpt2"), PCConfig(nodes=nodes))
+
+
+def test_presets_combine_and_expressions_keep_their_commas() -> None:
+    """Several presets and patterns may be given; a comma inside a regular expression does not part them."""
+    both = PCModel(make("gpt2"), PCConfig(nodes="block,linear"))
+    assert len(both.nodes) == 3 * (1 + 4)
+    both.detach()
+    assert len(PCModel(make("gpt2"), PCConfig(nodes=r"transformer\.h\.\d{1,2}")).nodes) == 3
+
+
+def test_wrong_uses_are_named() -> None:
+    """detach() while relaxing, learning_pass outside, a compiled model, no label tokens: errors that say so."""
+    model, inputs = make("gpt2"), batch()
+    pc = PCModel(model, PCConfig())
+    with pytest.raises(RuntimeError, match="afterwards"), pc.relaxed(inputs):
+        pc.detach()
+    with pytest.raises(RuntimeError, match="inside"):
+        pc.learning_pass(inputs)
+    with pytest.raises(ValueError, match="num_items_in_batch=0"):
+        pc.accumulate_grad(**inputs, num_items_in_batch=0)
+    pc.detach()
+    with pytest.raises(ValueError, match="compiled"):
+        PCModel(torch.compile(model, backend="eager"), PCConfig())
+
+
+def test_plain_inputs_work() -> None:
+    """Under no_grad, with int32 labels and with return_dict=False a batch relaxes as ever."""
+    pc, inputs = PCModel(make("gpt2"), PCConfig(relative_std=0.3)), batch()
+    expected = pc.relax(**inputs).free_energy
+    with torch.no_grad():
+        found = pc.relax(**{**inputs, "labels": inputs["labels"].int()}, return_dict=False)
+    assert found.free_energy == expected
+
+
+def test_steering_without_anything_to_steer() -> None:
+    """Nodes with precisions of their own leave relative_std alone."""
+    rules = [NodeSpec(f"transformer.h.{i}", precision=1e4) for i in range(3)]
+    pc = PCModel(make("gpt2"), PCConfig(nodes=rules))
+    for _ in range(3):
+        pc.accumulate_grad(**batch())
+        pc.steer()
+    assert pc.relative_std == 0.2
+
+
+def test_sequences_without_labels_are_left_out_of_the_residual() -> None:
+    """A row that nothing is asked of has no residual: the mean is over the others, 1 before errors move."""
+    inputs = batch()
+    inputs["labels"][1:] = -100
+    assert PCModel(make("gpt2"), PCConfig(sweeps=1)).accumulate_grad(**inputs).residual == pytest.approx(1.0)
+
+
+def test_saving_keeps_what_steering_learned(tmp_path: Path) -> None:
+    """relative_std comes back with the checkpoint, learned variances too."""
+    pc = PCModel(make("gpt2"), PCConfig(energy="learned_variance", relaxed_fraction=0.1))
+    for _ in range(3):
+        pc.accumulate_grad(**batch())
+        pc.steer()
+    pc.save_pretrained(tmp_path)
+    assert PCModel.from_pretrained(tmp_path).state_dict() | {"energies": 0} == pc.state_dict() | {"energies": 0}
+    assert pc.state_dict()["energies"]

@@ -35,6 +35,16 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert abs(one["loss"] - first["loss"]) < 1e-5
 
 
+def test_a_sweep_refused_on_one_process(tmp_path: Path) -> None:
+    """Where one process refuses its learning pass all repeat it: nobody waits for ever, and the weights agree."""
+    script = str(HERE / "train_processes.py")
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, str(tmp_path))
+    launch(*command, "1", "llama")
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["refused"] > 0
+    assert torch.equal(first["weights"], second["weights"])
+
+
 def test_checkpoint_loads_without_hf_pc(tmp_path: Path) -> None:
     """Where hf_pc cannot be imported, plain transformers loads the checkpoint and gives the same logits."""
     model = make("gpt2").eval()

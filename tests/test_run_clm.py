@@ -97,3 +97,54 @@ def test_a_data_set_by_name(tmp_path: Path, text: Path) -> None:
     results = run(tmp_path, "--dataset_name", str(folder), *flags)
     assert results["pc_perplexity"] > 1
     assert "corpus" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dtype", "float99"], "--dtype float99"),
+        (["--train_file", "bad.json"], "cannot be read as json"),
+        (["--train_file", "ids.jsonl"], "holds something else than text"),
+        (["--train_file", "text.txt", "--validation_file", "ids.jsonl"], "one kind of file"),
+        (["--train_file", "latin.txt"], "byte 4 of line 2 is 0xe9"),
+        (["--train_file", "text.txt", "--output_dir", "text.txt"], "is a file"),
+        (["broken.yaml"], "broken.yaml cannot be read"),
+        (["list.json"], "no table of settings"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
+) -> None:
+    """What cannot be read or done is named before anything is made."""
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text('{"text": "a"')
+    Path("ids.jsonl").write_text('{"id": 1}\n{"id": 2}\n')
+    Path("latin.txt").write_bytes(b"fine\ncafe\xe9\n")
+    Path("broken.yaml").write_text("a: [1\n")
+    Path("list.json").write_text("[1]")
+    with pytest.raises(ValueError, match=message):
+        run_clm_pc.main(flags)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_settings_from_a_file(tmp_path: Path, text: Path) -> None:
+    """A YAML file gives what the flags give; numbers such as 2e-3, which YAML reads as text, are numbers."""
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(
+        f"train_file: {text}\nblock_size: 32\nconfig_overrides: {SMALL}\nmax_steps: 2\nlearning_rate: 2e-3\n"
+        f"relaxed_fraction: 5e-2\ncompare_bp: false\nuse_cpu: true\nreport_to: none\noutput_dir: {tmp_path / 'out'}\n"
+        "eval_strategy: 'no'\n"
+    )
+    assert set(run_clm_pc.main([str(settings)])) & KEYS == {
+        key for key in KEYS if "bp" not in key and "ratio" not in key
+    }
+    assert json.loads((tmp_path / "out" / "pc_config.json").read_text())["relaxed_fraction"] == 0.05
+
+
+def test_an_evaluation_strategy_still_trains(tmp_path: Path, text: Path) -> None:
+    """With neither --do_train nor --do_eval both are done; backprop too ends with its best checkpoint."""
+    flags = ["--train_file", str(text), "--block_size", "32", "--config_overrides", SMALL, "--max_steps", "4"]
+    best = ["--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2", "--load_best_model_at_end"]
+    results = run(tmp_path, *flags, *best)
+    assert set(results) == KEYS
+    assert not (tmp_path / "out" / "backprop").exists()

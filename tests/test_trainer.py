@@ -10,7 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_invariants import make
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 
 from hf_pc import PCConfig, PCTrainer, PCTrainerMixin, PCTrainingArguments
 from hf_pc.trainer import BackpropTrainer, NonFiniteEnergyError
@@ -310,3 +317,70 @@ def test_accumulation_with_states(tmp_path: Path, solver: str) -> None:
     whole = trained(tmp_path / "a", config, per_device_train_batch_size=8)
     halves = trained(tmp_path / "b", config, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     assert (whole - halves).norm() / whole.norm() < 1e-5
+
+
+def test_dropout_off(tmp_path: Path) -> None:
+    """With dropout="off" no pass of a step drops anything, though the Trainer calls train(); evaluation is as ever."""
+    off = PCConfig(sweeps=3, relative_std=0.3, dropout="off")
+    dropping = trainer(tmp_path / "a", off, dropout=0.5)
+    dropping.train()
+    assert dropping.model.training
+    never = trained(tmp_path / "b", off, dropout=0.0)
+    assert torch.equal(weights(dropping), never)
+
+
+def test_a_nonfinite_gradient_changes_nothing(tmp_path: Path) -> None:
+    """A gradient that is not finite though every energy is stops the update as a non-finite energy does."""
+    run = trainer(tmp_path, nonfinite_patience=2)
+    run.model.transformer.ln_f.weight.register_hook(lambda gradient: gradient * float("nan"))
+    before = weights(run)
+    with pytest.raises(NonFiniteEnergyError, match="a gradient"):
+        run.train()
+    assert torch.equal(weights(run), before)
+
+
+def test_training_again_keeps_what_steering_learned(tmp_path: Path) -> None:
+    """A second train() starts with the relative_std that the first one ended with."""
+    run = trainer(tmp_path, max_steps=6)
+    run.train()
+    learned = run.pc.relative_std
+    run.train()
+    logged = [entry["relative_std"] for entry in run.state.log_history if "relative_std" in entry]
+    assert abs(logged[0] / learned - 1) < 0.5 < abs(logged[0] / 0.2 - 1)
+
+
+def test_a_loss_of_ones_own_is_refused(tmp_path: Path) -> None:
+    """compute_loss would never be called, and a mixin after the Trainer would do nothing: both are errors."""
+
+    class Own(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            raise AssertionError
+
+    class Mixed(PCTrainerMixin, Own):
+        pass
+
+    with pytest.raises(ValueError, match=r"Own\.compute_loss"):
+        trainer(tmp_path / "none", cls=Mixed)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(TypeError, match="before the Trainer"):
+        type("Wrong", (Trainer, PCTrainerMixin), {})
+
+
+def test_a_router_counts_once(tmp_path: Path) -> None:
+    """A mixture of experts' router loss has the weight of one batch, accumulated or not."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+
+    def router(**options: Any) -> torch.Tensor:
+        set_seed(0)
+        model = MixtralForCausalLM(
+            MixtralConfig(**sizes, **heads, output_router_logits=True, router_aux_loss_coef=100.0)
+        )
+        run = trainer(tmp_path, PCConfig(sweeps=1), model=model, max_steps=1, optim="sgd", learning_rate=1e-4,
+                      train_dataset=rows(1) * 8, **options)  # fmt: skip
+        run.train()
+        return weights(run)
+
+    whole = router(per_device_train_batch_size=8)
+    halves = router(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    torch.testing.assert_close(halves, whole, rtol=0, atol=1e-7)

@@ -1,4 +1,7 @@
-"""A short run for test_processes.py: `train_processes.py FOLDER BATCH`, alone or under torchrun."""
+"""A short run for test_processes.py: `train_processes.py FOLDER BATCH [llama]`, alone or under torchrun.
+
+With "llama" the errors are so free that sweeps are refused on one process and not on the other.
+"""
 
 import os
 import sys
@@ -11,8 +14,12 @@ from hf_pc import PCConfig
 
 folder, size = Path(sys.argv[1]), int(sys.argv[2])
 several = {"ddp_backend": "gloo"} if "RANK" in os.environ else {}
-config = PCConfig(sweeps=3, relaxed_fraction=0.05)
-run = trainer(folder, config, per_device_train_batch_size=size, optim="sgd", learning_rate=0.1, **several)
+refusing = "llama" in sys.argv
+config = PCConfig(sweeps=3, relative_std=2.5) if refusing else PCConfig(sweeps=3, relaxed_fraction=0.05)
+if refusing:
+    several |= {"name": "llama", "max_steps": 12, "optim": "adamw_torch", "learning_rate": 1e-2}
+run = trainer(folder, config, per_device_train_batch_size=size, **{"optim": "sgd", "learning_rate": 0.1, **several})
 run.train()
 loss = run.evaluate()["eval_loss"]
-torch.save({"weights": weights(run), "loss": loss}, folder / f"{os.environ.get('RANK', '0')}.pt")
+refused = max(entry.get("refused", 0.0) for entry in run.state.log_history)
+torch.save({"weights": weights(run), "loss": loss, "refused": refused}, folder / f"{os.environ.get('RANK', '0')}.pt")

@@ -1,1 +1,1 @@
-"""Pictures and probes of a run."""
+"""Pictures of a run."""

@@ -41,7 +41,7 @@ class Solver(ABC):
     @abstractmethod
     def relax(
         self, relaxation: Relaxation, forward: Callable[[], Tensor], weight_step: Callable[[Tensor], None] | None
-    ) -> Callable[[Tensor], bool]:
+    ) -> Callable[[], bool]:
         """Run every sweep but the last, and leave each site's leaf where the last sweep begins.
 
         Args:
@@ -50,7 +50,7 @@ class Solver(ABC):
             weight_step: moves the weights, given the loss of a pass in LEARN mode; None leaves them to the last sweep.
 
         Returns:
-            A function of the last pass's output energy that says whether its errors stand. If it says no it has put
+            Says, called after the last pass, whether its errors stand. If it says no it has put
             back errors that do, and the pass is to be run again.
         """
 

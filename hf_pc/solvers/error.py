@@ -29,7 +29,7 @@ class ErrorSolver(Solver):
 
     def relax(
         self, relaxation: Relaxation, forward: Callable[[], Tensor], weight_step: Callable[[Tensor], None] | None
-    ) -> Callable[[Tensor], bool]:
+    ) -> Callable[[], bool]:
         if self.step_size != "auto":
             return self._relax_fixed(relaxation, forward, float(self.step_size))
         descent: Descent | None = None
@@ -42,11 +42,9 @@ class ErrorSolver(Solver):
             descent.propose()
             if bool(descent.converged().all()):
                 break
-        return lambda _: descent is None or descent.confirm()
+        return lambda: descent is None or descent.confirm()
 
-    def _relax_fixed(
-        self, relaxation: Relaxation, forward: Callable[[], Tensor], step: float
-    ) -> Callable[[Tensor], bool]:
+    def _relax_fixed(self, relaxation: Relaxation, forward: Callable[[], Tensor], step: float) -> Callable[[], bool]:
         relaxation.step_size = step
         for _ in range(self.sweeps - 1):
             relaxation.begin(RELAX)
@@ -55,4 +53,4 @@ class ErrorSolver(Solver):
                 site.leaf = (site.leaf.detach() - step * site.step(gradient)).requires_grad_()
             if bool((relaxation.residual() < self.tolerance).all()):
                 break
-        return lambda _: True
+        return lambda: True

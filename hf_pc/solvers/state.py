@@ -132,7 +132,7 @@ class StateSolver(Solver):
 
     def relax(
         self, relaxation: Relaxation, forward: Callable[[], Tensor], weight_step: Callable[[Tensor], None] | None
-    ) -> Callable[[Tensor], bool]:
+    ) -> Callable[[], bool]:
         mover = _Mover.of(self, relaxation)
         for _ in range(self.sweeps - 1):
             relaxation.begin(RELAX if weight_step is None else LEARN)
@@ -147,7 +147,7 @@ class StateSolver(Solver):
             self.moved(relaxation)
             if bool((relaxation.residual() < self.tolerance).all()):
                 break
-        return lambda _: mover.confirm()
+        return mover.confirm
 
 
 class _Mover:
