@@ -48,7 +48,8 @@ DEMO: dict[str, Any] = {
     "logging_steps": 10,
     "eval_strategy": "steps", "eval_steps": 50, "save_strategy": "no", "use_cpu": not torch.cuda.is_available(),
 }  # fmt: skip
-DEMO_MODEL = "n_layer=4,n_embd=128,n_head=4,n_positions=128,initializer_range=0.06,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0"
+DEMO_MODEL = "n_layer=4,n_embd=128,n_head=4,n_positions=128,initializer_range=0.06"
+DEMO_MODEL += ",resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0"
 
 
 @dataclass

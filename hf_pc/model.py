@@ -43,6 +43,7 @@ class RelaxationOutput:
 
     Attributes:
         free_energy: F, nats per label token.
+        feedforward_energy: the output's energy before anything relaxed, the model's loss, nats per label token.
         energies: of each node, and of the "output", nats per label token.
         residual: |dF/de| / |g|, mean over sequences; 1 before the first move, 0 at equilibrium.
         relaxed_fraction: share of the output error that relaxation changed.
@@ -55,6 +56,7 @@ class RelaxationOutput:
     """
 
     free_energy: float
+    feedforward_energy: float
     energies: dict[str, float]
     residual: float
     relaxed_fraction: float
@@ -292,8 +294,10 @@ class PCModel:
                     self.observe(relaxation)
                 facts = summary(relaxation.sums())
                 facts["sweeps"] = relaxation.sweeps
+                assert relaxation.feedforward_energy is not None
                 return RelaxationOutput(
                     **facts,
+                    feedforward_energy=float(relaxation.feedforward_energy.sum() / relaxation.tokens),
                     states=self._states,
                     errors={site.label: site.error.detach() for site in relaxation.sites},
                     sequence_free_energy=relaxation.free_energy(),
