@@ -11,33 +11,26 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
-import statistics
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from clm_data import DataArguments, blocks_of, load_text, train_tokenizer
-from rich.console import Console
-from rich.table import Table
+from compare import History, StepTimer, finish, train_backprop, train_pc
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
-    TrainerCallback,
     default_data_collator,
     set_seed,
 )
 
 from hf_pc import PCConfig, PCTrainer, PCTrainingArguments
 from hf_pc.cards import write_card
-from hf_pc.diagnostics.plots import plot_run
-from hf_pc.relaxation import regime
 from hf_pc.trainer import BackpropTrainer
 
 #: where the defaults of the demonstration differ from those of TrainingArguments
@@ -81,25 +74,6 @@ class CLMTrainingArguments(PCTrainingArguments):
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint folder, or 'true' for the last."}
     )
-
-
-class StepTimer(TrainerCallback):
-    """Seconds of each optimiser step, logging, evaluation and saving left out."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began = time.perf_counter()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self._began)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds[1:] or self.seconds)
 
 
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, CLMTrainingArguments, PCConfig]:
@@ -172,44 +146,6 @@ def choose_block_size(asked: int | None, model: Any, tokenizer: Any) -> int:
     return asked or min(1024, positions)
 
 
-def mean(history: list[dict[str, Any]], name: str) -> float:
-    values = [entry[name] for entry in history if name in entry]
-    return statistics.fmean(values) if values else float("nan")
-
-
-def show(results: dict[str, Any]) -> None:
-    table = Table(title="Predictive coding and backprop: same initial weights, batches and optimiser")
-    table.add_column("")
-    sides = ["pc"] + (["bp"] if "bp_perplexity" in results else [])
-    for side in sides:
-        table.add_column({"pc": "PC", "bp": "backprop"}[side], justify="right")
-    rows = [("validation loss, nats per token", "eval_loss", ".4f"), ("perplexity", "perplexity", ".2f"),
-            ("seconds per step, median", "step_seconds", ".3f")]  # fmt: skip
-    for title, key, form in rows:
-        cells = [f"{results[f'{s}_{key}']:{form}}" if f"{s}_{key}" in results else "" for s in sides]
-        table.add_row(title, *cells)
-    for key, form in (("step_time_ratio", ".2f"), ("relaxed_fraction", ".4f"), ("residual", ".4f"), ("regime", "")):
-        if key in results:
-            table.add_row(key, f"{results[key]:{form}}")
-    Console(width=100).print(table)
-
-
-def run_backprop(weights: dict[str, torch.Tensor], model: Any, options: dict[str, Any], args: Any, main: bool) -> Any:
-    model.load_state_dict(weights)
-    args = copy.copy(args)
-    args.output_dir = str(Path(args.output_dir) / "backprop")
-    args.push_to_hub, args.report_to = False, []
-    if not args.load_best_model_at_end:  # which is a comparison of best checkpoints, and needs them saved
-        args.save_strategy = "no"
-    timer = StepTimer()
-    trainer = BackpropTrainer(model=model, args=args, callbacks=[timer], **options)
-    trainer.train()
-    metrics = trainer.evaluate() if args.do_eval else {}
-    if main:
-        shutil.rmtree(args.output_dir, ignore_errors=True)
-    return trainer.state.log_history, metrics, timer.median
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     model_args, data_args, args, pc_config = parse(sys.argv[1:] if argv is None else argv)
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
@@ -227,40 +163,27 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     trainer = PCTrainer(
         model=model, args=args, pc_config=pc_config, processing_class=tokenizer, callbacks=[timer], **options
     )
-    results: dict[str, Any] = {}
-    histories: dict[str, Any] = {}
+    histories: dict[str, History] = {}
+    results, history = train_pc(trainer, timer)
     if args.do_train:
-        resume: Any = args.resume_from_checkpoint
-        trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
-        trainer.save_model()
-        trainer.save_state()
-        history = histories["PC"] = trainer.state.log_history
-        results |= {"pc_step_seconds": timer.median, "relaxed_fraction": mean(history, "relaxed_fraction")}
-        results["residual"] = mean(history, "residual")
-        results["regime"] = regime(results["relaxed_fraction"], results["residual"])
-    if args.do_eval:
-        metrics = trainer.evaluate()
-        results |= {"pc_eval_loss": metrics["eval_loss"], "pc_perplexity": metrics["eval_perplexity"]}
+        histories["PC"] = history
+        if model_args.compare_bp:
+            found, histories["backprop"] = train_backprop(
+                trainer,
+                lambda args, timer: BackpropTrainer(model=model, args=args, callbacks=[timer], **options),
+                weights,
+            )
+            results |= found
     main_process = trainer.is_world_process_zero()
-    if args.do_train and model_args.compare_bp:
-        trained = copy.deepcopy(model.state_dict())
-        histories["backprop"], metrics, seconds = run_backprop(weights, model, options, args, main_process)
-        model.load_state_dict(trained)
-        if metrics:
-            results |= {"bp_eval_loss": metrics["eval_loss"], "bp_perplexity": metrics["eval_perplexity"]}
-        results |= {"bp_step_seconds": seconds, "step_time_ratio": results["pc_step_seconds"] / seconds}
     folder = Path(args.output_dir)
     if main_process:
-        (folder / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        if histories:
-            plot_run(folder / "learning.png", histories)
-            if "pc_perplexity" in results:
-                source = model_args.model_name_or_path
-                text = data_args.dataset_name or data_args.train_file or "the Python language reference"
-                write_card(
-                    folder, pc_config, results, model_name=folder.name, base_model=source, dataset=Path(text).name
-                )
-        show(results)
+        finish(folder, results, histories)
+        if histories and "pc_perplexity" in results:
+            text = data_args.dataset_name or data_args.train_file or "the Python language reference"
+            write_card(
+                folder, pc_config, results, model_name=folder.name, base_model=model_args.model_name_or_path,
+                dataset=Path(text).name,
+            )  # fmt: skip
     if args.push_to_hub and main_process:
         from huggingface_hub import HfApi
 

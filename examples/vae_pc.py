@@ -85,7 +85,7 @@ def save_images(folder: Path, models: dict[str, Any], pixels: Tensor, latent: in
         figure, axes = plt.subplots(len(rows), 10, figsize=(10, 1.1 * len(rows)), layout="constrained", squeeze=False)
         for line, (name, images) in zip(axes, rows.items(), strict=True):
             for axis, image in zip(line, images, strict=True):
-                axis.imshow(image.view(8, 8), cmap="gray", vmin=0, vmax=1)
+                axis.imshow(image.view(8, 8).numpy(), cmap="gray", vmin=0, vmax=1)
                 axis.set(xticks=[], yticks=[])
             line[0].set_ylabel(name, rotation=0, ha="right", va="center")
         figure.savefig(folder / file, dpi=120)

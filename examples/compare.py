@@ -1,0 +1,122 @@
+"""Train by PC and by backprop from the same weights, on the same batches, and set the two side by side."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback
+
+from hf_pc.diagnostics.plots import plot_run
+from hf_pc.relaxation import regime
+
+History = list[dict[str, Any]]
+
+
+class StepTimer(TrainerCallback):
+    """Seconds of each optimiser step, logging, evaluation and saving left out."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._began)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds[1:] or self.seconds)
+
+
+def mean(history: History, name: str) -> float:
+    values = [entry[name] for entry in history if name in entry]
+    return statistics.fmean(values) if values else float("nan")
+
+
+def _figures(side: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{side}_eval_loss": metrics["eval_loss"], f"{side}_perplexity": metrics["eval_perplexity"]}
+
+
+def train_pc(trainer: Any, timer: StepTimer) -> tuple[dict[str, Any], History]:
+    """Train and save, or only evaluate, as the trainer's arguments say: the table's figures and the history."""
+    args = trainer.args
+    results: dict[str, Any] = {}
+    history: History = []
+    if args.do_train:
+        resume: Any = args.resume_from_checkpoint
+        trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+        trainer.save_model()
+        trainer.save_state()
+        history = trainer.state.log_history
+        results |= {"pc_step_seconds": timer.median, "relaxed_fraction": mean(history, "relaxed_fraction")}
+        results["residual"] = mean(history, "residual")
+        results["regime"] = regime(results["relaxed_fraction"], results["residual"])
+    if args.do_eval:
+        results |= _figures("pc", trainer.evaluate())
+    return results, history
+
+
+def train_backprop(
+    trainer: Any, build: Callable[[Any, StepTimer], Any], weights: dict[str, torch.Tensor]
+) -> tuple[dict[str, Any], History]:
+    """Train the PC trainer's model by backprop from `weights`, then put back what PC had learned.
+
+    Args:
+        build: makes the backprop trainer from its arguments and its timer.
+    """
+    model, args = trainer.model, copy.copy(trainer.args)
+    learned = copy.deepcopy(model.state_dict())
+    model.load_state_dict(weights)
+    args.output_dir = str(Path(args.output_dir) / "backprop")
+    args.push_to_hub, args.report_to = False, []
+    if not args.load_best_model_at_end:  # which is a comparison of best checkpoints, and needs them saved
+        args.save_strategy = "no"
+    timer = StepTimer()
+    baseline = build(args, timer)
+    baseline.train()
+    results: dict[str, Any] = _figures("bp", baseline.evaluate()) if args.do_eval else {}
+    if trainer.is_world_process_zero():
+        shutil.rmtree(args.output_dir, ignore_errors=True)
+    model.load_state_dict(learned)
+    return results | {"bp_step_seconds": timer.median}, baseline.state.log_history
+
+
+def finish(folder: Path, results: dict[str, Any], histories: dict[str, History]) -> None:
+    """Write all_results.json and learning.png, and print the table."""
+    if "bp_step_seconds" in results:
+        results["step_time_ratio"] = results["pc_step_seconds"] / results["bp_step_seconds"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if histories:
+        plot_run(folder / "learning.png", histories)
+    show(results)
+
+
+def show(results: dict[str, Any]) -> None:
+    table = Table(title="Predictive coding and backprop: same initial weights, batches and optimiser")
+    table.add_column("")
+    sides = ["pc"] + (["bp"] if "bp_step_seconds" in results else [])
+    for side in sides:
+        table.add_column({"pc": "PC", "bp": "backprop"}[side], justify="right")
+    rows = [("validation loss, nats per token", "eval_loss", ".4f"), ("perplexity", "perplexity", ".2f"),
+            ("seconds per step, median", "step_seconds", ".3f")]  # fmt: skip
+    for title, key, form in rows:
+        cells = [f"{results[f'{s}_{key}']:{form}}" if f"{s}_{key}" in results else "" for s in sides]
+        table.add_row(title, *cells)
+    for key, form in (("step_time_ratio", ".2f"), ("relaxed_fraction", ".4f"), ("residual", ".4f"), ("regime", "")):
+        if key in results:
+            table.add_row(key, f"{results[key]:{form}}")
+    Console(width=100).print(table)

@@ -1,0 +1,211 @@
+"""Conditional language modelling by predictive coding: an encoder-decoder, against backprop from the same start.
+
+    accelerate launch examples/run_seq2seq_pc.py        # signature to first docstring line, the standard library
+    accelerate launch examples/run_seq2seq_pc.py --train_file pairs.jsonl --model_type bart
+
+A file of pairs has the columns "source" and "target". Takes every Seq2SeqTrainingArguments and PCConfig field.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from clm_data import END, DataArguments, load_text
+from compare import History, StepTimer, finish, train_backprop, train_pc
+from datasets import Dataset, DatasetDict
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    set_seed,
+)
+
+from hf_pc import PCConfig, PCTrainerMixin, PCTrainingArguments
+from hf_pc.cards import write_card
+from hf_pc.trainer import TokenLossMixin
+
+#: small networks of each type, without dropout so that both sides see the same function
+MODELS = {
+    "t5": "d_model=128,d_kv=32,d_ff=512,num_layers=2,num_decoder_layers=2,num_heads=4,dropout_rate=0.0",
+    "bart": "d_model=128,encoder_layers=2,decoder_layers=2,encoder_ffn_dim=512,decoder_ffn_dim=512,"
+    "encoder_attention_heads=4,decoder_attention_heads=4,dropout=0.0,max_position_embeddings=256",
+}
+
+
+@dataclass
+class Arguments:
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A checkpoint to start from."})
+    model_type: str = field(default="t5", metadata={"help": "t5 or bart, for a model trained from scratch."})
+    config_overrides: str | None = field(default=None, metadata={"help": "d_model=64,num_layers=1: changes to it."})
+    train_file: str | None = field(default=None, metadata={"help": "JSON lines with 'source' and 'target'."})
+    max_source_length: int = 64
+    max_target_length: int = 32
+    max_train_samples: int | None = None
+    compare_bp: bool = field(default=True, metadata={"help": "Train by backprop too, from the same start."})
+
+    def __post_init__(self) -> None:
+        if self.model_type not in MODELS:
+            raise ValueError(f"--model_type {self.model_type} is unknown; allowed: {', '.join(MODELS)}")
+        DataArguments(train_file=self.train_file)  # complains of a file that cannot be read
+
+
+@dataclass
+class Seq2SeqPCTrainingArguments(PCTrainingArguments, Seq2SeqTrainingArguments):
+    output_dir: str = field(default="runs/seq2seq", metadata={"help": "Where everything goes."})
+    max_steps: int = 400
+    per_device_train_batch_size: int = 16
+    per_device_eval_batch_size: int = 32
+    learning_rate: float = 3e-3
+    adam_beta2: float = 0.95
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 40
+    logging_steps: float = 10
+    eval_strategy: str = "steps"
+    eval_steps: float | None = 100
+    save_strategy: str = "no"
+    use_cpu: bool = not torch.cuda.is_available()
+    resume_from_checkpoint: str | None = None
+
+
+class PCSeq2SeqTrainer(PCTrainerMixin, Seq2SeqTrainer):
+    """transformers' Seq2SeqTrainer, learning by predictive coding."""
+
+
+class BackpropSeq2SeqTrainer(TokenLossMixin, Seq2SeqTrainer):
+    """The same by backprop."""
+
+
+def signatures() -> Iterator[tuple[str, str]]:
+    """Every documented function of the standard library: its signature, and the first line of its docstring."""
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")) + sorted(
+        Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*/*.py")
+    ):
+        if "site-packages" in path.parts or "test" in path.parts:
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (doc := ast.get_docstring(node)):
+                line = doc.strip().splitlines()[0] if doc.strip() else ""
+                if line:
+                    yield f"{path.stem} {node.name}({ast.unparse(node.args)})", line
+
+
+def load_pairs(args: Arguments) -> DatasetDict:
+    """Splits "train" and "validation", columns "source" and "target"; every tenth pair validates."""
+    if args.train_file:
+        data = load_text(DataArguments(train_file=args.train_file), None, None)["train"]
+        if not {"source", "target"} <= set(data.column_names):
+            raise ValueError(
+                f"--train_file {args.train_file} has the columns {data.column_names}: 'source' and 'target' are needed"
+            )
+    else:
+        pairs = sorted(set(signatures()))
+        data = Dataset.from_dict({"source": [p[0] for p in pairs], "target": [p[1] for p in pairs]})
+    held_out = set(range(0, len(data), 10))
+    return DatasetDict(
+        train=data.select([i for i in range(len(data)) if i not in held_out]), validation=data.select(sorted(held_out))
+    )
+
+
+def load_tokenizer(args: Arguments, data: DatasetDict) -> Any:
+    if args.model_name_or_path:
+        return AutoTokenizer.from_pretrained(args.model_name_or_path)
+    bpe = ByteLevelBPETokenizer()
+    texts = (text for row in data["train"] for text in (row["source"], row["target"]))
+    bpe.train_from_iterator(texts, vocab_size=2048, special_tokens=[END], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END, pad_token=END, bos_token=END)
+
+
+def build(args: Arguments, tokenizer: Any) -> Any:
+    if args.model_name_or_path:
+        return AutoModelForSeq2SeqLM.from_pretrained(args.model_name_or_path)
+    config = CONFIG_MAPPING[args.model_type]()
+    config.update_from_string(args.config_overrides or MODELS[args.model_type])
+    config.vocab_size = len(tokenizer)
+    config.pad_token_id = config.eos_token_id = config.decoder_start_token_id = tokenizer.eos_token_id
+    config.bos_token_id = config.forced_eos_token_id = None
+    return AutoModelForSeq2SeqLM.from_config(config)
+
+
+def tokenize(data: DatasetDict, tokenizer: Any, args: Arguments) -> DatasetDict:
+    def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        end = [tokenizer.eos_token_id]
+        inputs = tokenizer(rows["source"], truncation=True, max_length=args.max_source_length)
+        targets = tokenizer(rows["target"], truncation=True, max_length=args.max_target_length - 1)["input_ids"]
+        return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"],
+                "labels": [ids + end for ids in targets]}  # fmt: skip
+
+    return data.map(encode, batched=True, remove_columns=data["train"].column_names, load_from_cache_file=False)
+
+
+def show_examples(model: Any, tokenizer: Any, data: Any, count: int = 4) -> None:
+    model.eval()
+    for row in data.select(range(0, len(data), max(1, len(data) // count))).select(range(count)):
+        ids = tokenizer(row["source"], return_tensors="pt")["input_ids"].to(model.device)
+        with torch.no_grad():
+            made = model.generate(input_ids=ids, max_new_tokens=20, do_sample=False)
+        print(f"{row['source']}\n    asked: {row['target']}\n    made:  {tokenizer.decode(made[0], True)}")
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = HfArgumentParser((Arguments, Seq2SeqPCTrainingArguments, PCConfig))  # type: ignore[arg-type]
+    args, training, pc_config = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
+    training.do_train = training.do_eval = True
+    set_seed(training.seed)
+    pairs = load_pairs(args)
+    if args.max_train_samples:
+        pairs["train"] = pairs["train"].select(range(min(args.max_train_samples, len(pairs["train"]))))
+    tokenizer = load_tokenizer(args, pairs)
+    model, data = build(args, tokenizer), tokenize(pairs, tokenizer, args)
+    options = {
+        "train_dataset": data["train"], "eval_dataset": data["validation"],
+        "data_collator": DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+    }  # fmt: skip
+    weights = copy.deepcopy(model.state_dict())
+    timer = StepTimer()
+    trainer = PCSeq2SeqTrainer(
+        model=model, args=training, pc_config=pc_config, processing_class=tokenizer, callbacks=[timer], **options
+    )
+    histories: dict[str, History] = {}
+    results, histories["PC"] = train_pc(trainer, timer)
+    if args.compare_bp:
+        found, histories["backprop"] = train_backprop(
+            trainer,
+            lambda args, timer: BackpropSeq2SeqTrainer(model=model, args=args, callbacks=[timer], **options),
+            weights,
+        )
+        results |= found
+    if trainer.is_world_process_zero():
+        folder = Path(training.output_dir)
+        finish(folder, results, histories)
+        show_examples(model, tokenizer, pairs["validation"])
+        write_card(
+            folder, pc_config, results, model_name=folder.name, base_model=args.model_name_or_path,
+            dataset=Path(args.train_file).name if args.train_file else "the standard library's signatures",
+            auto_class="AutoModelForSeq2SeqLM",
+        )  # fmt: skip
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None

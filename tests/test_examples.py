@@ -1,0 +1,115 @@
+"""The experiments, end to end at a size of seconds: what they print, what they leave, what they refuse."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
+import paper_transformer  # noqa: E402
+import run_seq2seq_pc  # noqa: E402
+import toy_pc  # noqa: E402
+import vae_pc  # noqa: E402
+
+PNG = b"\x89PNG"
+
+
+def test_toy(tmp_path: Path) -> None:
+    """Every activation is learned by backprop and both kinds of PC, each with its regime; a figure is left."""
+    results = toy_pc.main(["--output_dir", str(tmp_path), "--steps", "30", "--seeds", "2", "--sweeps", "4"])
+    assert json.loads((tmp_path / "all_results.json").read_text()) == results
+    assert (tmp_path / "toy.png").read_bytes().startswith(PNG)
+    assert set(results) == {"relu", "tanh", "sigmoid", "softmax"}
+    for found in results.values():
+        assert set(found) == {"backprop", "PC, Gaussian", "PC, KL"}
+        assert all(0 < facts["relaxed_fraction"] < 1 for name, facts in found.items() if name != "backprop")
+        assert all("accuracy_spread" in facts for facts in found.values())
+    assert results["relu"]["PC, Gaussian"]["accuracy"] > 0.5
+
+
+def test_vae(tmp_path: Path) -> None:
+    """The autoencoder learns by each method; reconstructions, samples and the bound are left."""
+    results = vae_pc.main(["--output_dir", str(tmp_path), "--steps", "60", "--seeds", "1", "--latent", "4"])
+    for name in ("reconstructions.png", "samples.png"):
+        assert (tmp_path / name).read_bytes().startswith(PNG)
+    for facts in results.values():
+        assert facts["reconstruction"] < facts["negative_elbo"] < 45  # 64 log 2 = 44.4 is a coin for each pixel
+    assert results["PC, Gaussian"]["relaxed_fraction"] > 0.02
+
+
+def test_paper_transformer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One JSON line per seed and one per method, with the rate that validation chose and the regime."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {i}: the square of {i} is {i * i}." for i in range(600)) + "\n")
+    size = [
+        "--hidden",
+        "16",
+        "--vocabulary",
+        "300",
+        "--sequence",
+        "16",
+        "--batch",
+        "4",
+        "--steps",
+        "3",
+        "--seeds",
+        "2",
+    ]
+    found = paper_transformer.main(["--train_file", str(text), *size, "--learning_rates", "1e-3", "2e-3"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 5 * 3
+    assert [line["method"] for line in found] == list(dict.fromkeys(line["method"] for line in lines))
+    for line in found:
+        assert set(line["validation_loss_by_rate"]) == {"0.001", "0.002"}
+        assert line["method"] == "backprop" or 0 < line["relaxed_fraction"] < 1
+    with pytest.raises(ValueError, match="--methods pc_lk is unknown"):
+        paper_transformer.main(["--train_file", str(text), *size, "--methods", "pc_lk"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        ("t5", "d_model=16,d_kv=8,d_ff=16,num_layers=2,num_decoder_layers=2,num_heads=2,dropout_rate=0.0"),
+        ("bart", "d_model=16,encoder_layers=2,decoder_layers=2,encoder_ffn_dim=16,decoder_ffn_dim=16,dropout=0.0"),
+    ],
+)
+def test_seq2seq(tmp_path: Path, kind: str, overrides: str) -> None:
+    """An encoder-decoder learns pairs from a file by PC and by backprop, and leaves what run_clm_pc.py leaves."""
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [json.dumps({"source": f"f{i}(a, b={i})", "target": f"Add {i} to a."}) for i in range(60)]
+    pairs.write_text("\n".join(rows))
+    out = tmp_path / "out"
+    results = run_seq2seq_pc.main(
+        ["--train_file", str(pairs), "--model_type", kind, "--config_overrides", overrides, "--max_steps", "3",
+         "--logging_steps", "1", "--output_dir", str(out), "--report_to", "none", "--disable_tqdm", "true"]
+    )  # fmt: skip
+    assert {"pc_perplexity", "bp_perplexity", "step_time_ratio", "regime"} <= set(results)
+    assert results["relaxed_fraction"] > 0
+    for name in ("model.safetensors", "tokenizer.json", "pc_config.json", "README.md", "learning.png"):
+        assert (out / name).is_file()
+    assert "AutoModelForSeq2SeqLM" in (out / "README.md").read_text()
+
+
+def test_seq2seq_reads_the_standard_library() -> None:
+    """The default pairs are many, and are signatures with the first line of their docstring."""
+    pairs = dict(run_seq2seq_pc.signatures())
+    assert len(pairs) > 2000
+    assert any("textwrap dedent(text)" in source for source in pairs)
+
+
+def test_wrong_settings_are_named(tmp_path: Path) -> None:
+    """Numbers and files that cannot be: one error with the name, before anything runs."""
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    for call, flags, message in (
+        (toy_pc.main, ["--seeds", "0"], "--seeds 0"),
+        (vae_pc.main, ["--latent", "0"], "--latent 0"),
+        (run_seq2seq_pc.main, ["--model_type", "gpt"], "allowed: t5, bart"),
+        (run_seq2seq_pc.main, ["--train_file", str(tmp_path / "bad.jsonl")], "'source' and 'target' are needed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call([*flags, "--output_dir", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
