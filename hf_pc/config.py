@@ -96,6 +96,9 @@ class PCConfig:
         nodes: a preset ("block", "sublayer", "linear"), a pattern, or a list of presets, patterns and `NodeSpec`s.
         energy: the energy of internal nodes, the name of a registered energy.
         attention_energy: an energy of the attention logits, "categorical" or "gaussian"; None makes them no nodes.
+        learning: what the weights learn from (see `hf_pc.learning`): "plain", the relaxed states; "centred",
+            relaxations towards and away from the labels; "extrapolated", two such pairs; "wake_sleep", the relaxed
+            states less those of the model's own labels. The last three need the solver "error".
         output: the output node's energy: "categorical", "gaussian", "bernoulli", or "auto" for what the model's
             own loss does with labels.
         precision: 1 / sigma^2, the same for every node.
@@ -125,6 +128,10 @@ class PCConfig:
     energy: str = field(default="gaussian", metadata={"help": "Energy of internal nodes."})
     attention_energy: str | None = field(
         default=None, metadata={"help": "Energy of attention logits: categorical or gaussian."}
+    )
+    learning: Literal["plain", "centred", "extrapolated", "wake_sleep"] = field(
+        default="plain",
+        metadata={"help": "What weights learn from: one relaxation, or several."},
     )
     output: str = field(default="auto", metadata={"help": "Energy of the output: categorical, gaussian, bernoulli."})
     precision: float | None = field(default=None, metadata={"help": "Fixed 1/sigma^2 of every node."})
@@ -196,7 +203,13 @@ class PCConfig:
             raise ValueError(f"PCConfig.dropout={self.dropout!r} is unknown; allowed: {DROPOUT_POLICIES}")
 
     def _check_solver(self, solver: Any) -> None:
+        from hf_pc.learning import RULES
+
         name, update = self.state_optimizer, self.weight_update
+        if self.learning not in RULES:
+            raise ValueError(f"PCConfig.learning={self.learning!r} is unknown; allowed: {', '.join(map(repr, RULES))}")
+        if self.learning != "plain" and not solver.takes_phases:
+            raise ValueError(f"PCConfig.learning={self.learning!r} needs solver='error', not {self.solver!r}")
         if update not in WEIGHT_UPDATES:
             raise ValueError(f"PCConfig.weight_update={update!r} is unknown; allowed: {WEIGHT_UPDATES}")
         if update == "every_sweep" and not solver.moves_weights:

@@ -13,7 +13,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from hf_pc.attention import AttentionNodes
 from hf_pc.config import PCConfig, check_scale, read_json
+from hf_pc.learning import RULES, Phase
 from hf_pc.node import LEARN, RELAX, Node
 from hf_pc.output import Output, auxiliary_loss
 from hf_pc.placement import resolve
-from hf_pc.relaxation import Relaxation, add_sums, regime, relaxed_fraction, summary
+from hf_pc.relaxation import EVERY_PHASE, PLAIN, Relaxation, add_sums, regime, relaxed_fraction, summary
 from hf_pc.rng import RandomState
 from hf_pc.solvers import SOLVERS
 
@@ -92,7 +93,11 @@ class PCModel:
         self.output = Output.of(model, self.config.output)
         self.solver = SOLVERS[self.config.solver](self.config)
         self.relative_std = self.config.relative_std or INITIAL_RELATIVE_STD
+        #: the relaxations of one step; the first is the one that is reported
+        self.phases: tuple[Phase, ...] = RULES[self.config.learning]
         self.relaxation: Relaxation | None = None
+        self._before: Relaxation | None = None
+        self._own_labels: Tensor | None = None
         self._random: RandomState | None = None
         self._confirm: Callable[[], bool] | None = None
         self._steering: dict[str, Tensor] = {}
@@ -156,13 +161,19 @@ class PCModel:
         if not self.relaxation.sites:
             names = ", ".join(repr(node.name) for node in self._module_nodes)
             raise ValueError(f"none of the nodes ran in a pass over {type(self.model).__name__}: {names}")
-        energy = self.output.total(outputs, labels)
+        draws = any(phase.own_labels for phase in self.phases) and not self.relaxation.phase.own_labels
+        if draws and self.relaxation.at_rest:
+            self._own_labels = self.output.draw(outputs["logits"].detach(), labels)
+        energy = self.relaxation.phase.strength * self.output.total(outputs, labels)
         self.relaxation.note_output(energy)
         return outputs, energy
 
     @contextmanager
     def relaxed(
-        self, inputs: Mapping[str, Any], weight_step: Callable[[Tensor], None] | None = None
+        self,
+        inputs: Mapping[str, Any],
+        weight_step: Callable[[Tensor], None] | None = None,
+        phase: Phase = PLAIN,
     ) -> Iterator[Relaxation]:
         """Relax the errors to a batch; inside the context, `learning_pass` is the last sweep.
 
@@ -173,6 +184,7 @@ class PCModel:
             inputs: what the model's forward takes, with labels.
             weight_step: with `weight_update="every_sweep"`, what to do with each sweep's loss: `backward()` and a
                 step of the weights' optimizer.
+            phase: one of `phases`, which are to be gone through in order.
         """
         if (weight_step is None) != (self.config.weight_update == "final"):
             raise ValueError(
@@ -183,12 +195,17 @@ class PCModel:
             raise RuntimeError("this PCModel is detached: attach() it first")
         if self.relaxation is not None:
             raise RuntimeError("this PCModel is relaxing a batch already: one batch at a time")
-        batch, labels = self._split(inputs)
+        first = phase is self.phases[0] or phase is PLAIN
+        if first:
+            self._before = None
+        batch, labels = self._split(inputs, phase)
         count = labels.ne(-100).sum()
-        fixed = self.config.precision
-        self.relaxation = Relaxation(len(labels), count, fixed, self.relative_std, self.solver.join)
+        fixed, before = self.config.precision, self._before
+        self.relaxation = Relaxation(len(labels), count, fixed, self.relative_std, self.solver.join, phase, before)
         self.relaxation.weights = [p for p in self.model.parameters() if p.requires_grad]
-        self._random = RandomState(p.device for p in self.model.parameters())
+        if first:  # the phases of a step see the same dropout masks
+            self._dropout_state = RandomState(p.device for p in self.model.parameters())
+        self._random = self._dropout_state
         try:
             with self._dropout():
                 with nullcontext() if weight_step else self._frozen():
@@ -197,6 +214,7 @@ class PCModel:
                     )
                 yield self.relaxation
         finally:
+            self._before = self.relaxation if len(self.phases) > 1 else None
             self.relaxation = self._random = self._confirm = None
             self._states = {}
 
@@ -213,7 +231,7 @@ class PCModel:
         """
         if self.relaxation is None or self._confirm is None:
             raise RuntimeError("learning_pass belongs inside `with pc.relaxed(inputs)`")
-        batch, labels = self._split(inputs)
+        batch, labels = self._split(inputs, self.relaxation.phase)
         forward = forward or self.model
         self.relaxation.bare = forward is self.model
         self.relaxation.begin(mode)
@@ -224,8 +242,11 @@ class PCModel:
             outputs, energy = self._pass(forward, batch, labels)
         return energy if mode == RELAX else self.relaxation.loss(energy), outputs
 
-    def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    def _split(self, inputs: Mapping[str, Any], phase: Phase) -> tuple[dict[str, Any], Tensor]:
         batch, labels = self.output.split(inputs)
+        if phase.own_labels:
+            assert self._own_labels is not None
+            labels = self._own_labels
         config = getattr(self.model, "config", None)
         if getattr(config, "use_cache", False):
             batch.setdefault("use_cache", False)
@@ -281,34 +302,49 @@ class PCModel:
             raise ValueError(f"num_items_in_batch={items!r} is not allowed: a number above 0 is needed")
         self._keep_states = True
         try:
-            with torch.enable_grad(), self.relaxed(inputs) as relaxation:
+            with torch.enable_grad():
+                return self._phases(inputs, mode, items)
+        finally:
+            self._keep_states = False
+
+    def _phases(self, inputs: Mapping[str, Any], mode: str, items: Tensor | int | None) -> RelaxationOutput:
+        sums: dict[str, Tensor] = {}
+        report: RelaxationOutput | None = None
+        for phase in self.phases if mode == LEARN else (PLAIN,):
+            with self.relaxed(inputs, phase=phase) as relaxation:
                 if mode == RELAX:
                     with self._frozen():
                         energy, _ = self.learning_pass(inputs, mode=RELAX)
                         self.solver.gradients(relaxation, energy)
+                    sums = relaxation.sums()
                 else:
                     loss, outputs = self.learning_pass(inputs)
                     divisor = relaxation.tokens if items is None else items
-                    share = relaxation.tokens / divisor
+                    share = phase.share * relaxation.tokens / divisor
                     torch.autograd.backward(loss / divisor + share * auxiliary_loss(self.model, outputs))
-                    self.observe(relaxation)
-                facts = summary(relaxation.sums())
-                facts["sweeps"] = relaxation.sweeps
-                assert relaxation.feedforward_energy is not None
-                return RelaxationOutput(
-                    **facts,
-                    feedforward_energy=float(relaxation.feedforward_energy.sum() / relaxation.tokens),
-                    states=self._states,
-                    errors={site.label: site.error.detach() for site in relaxation.sites},
-                    sequence_free_energy=relaxation.free_energy(),
-                )
-        finally:
-            self._keep_states = False
+                    add_sums(sums, self.observe(relaxation))
+                if report is None:
+                    report = self._report(relaxation)
+        assert report is not None
+        facts = summary(sums) | {"sweeps": float(sums["sweeps"])}
+        return replace(report, **facts)
+
+    def _report(self, relaxation: Relaxation) -> RelaxationOutput:
+        assert relaxation.feedforward_energy is not None
+        return RelaxationOutput(
+            **summary(relaxation.sums()),
+            feedforward_energy=float(relaxation.feedforward_energy.sum() / relaxation.tokens),
+            states=self._states,
+            errors={site.label: site.error.detach() for site in relaxation.sites},
+            sequence_free_energy=relaxation.free_energy(),
+        )
 
     def observe(self, relaxation: Relaxation) -> dict[str, Tensor]:
-        """Note a learned batch for `steer`, and return its measurements as sums."""
+        """Note a learned phase for `steer`, and return its measurements as sums."""
         self.solver.close(relaxation)
         sums = relaxation.sums()
+        if relaxation.phase is not self.phases[0]:
+            return {name: sums[name] for name in EVERY_PHASE}
         add_sums(self._steering, {name: sums[name] for name in ("change", "reference")})
         return sums
 

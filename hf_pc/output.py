@@ -107,6 +107,14 @@ class Output(ABC):
     def energy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Nats per sequence, [batch]; labels of -100 are ignored."""
 
+    def draw(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Labels drawn from the distribution that the logits are of; -100 where `labels` are."""
+        return torch.where(labels.ne(IGNORED), self.sample(_scores(logits)).view(labels.shape), labels)
+
+    @abstractmethod
+    def sample(self, scores: Tensor) -> Tensor:
+        """One draw from the distribution of the scores."""
+
 
 OUTPUTS: Registry[type[Output]] = Registry("output")
 register_output = OUTPUTS.register
@@ -138,6 +146,9 @@ class CategoricalOutput(Output):
             raise ValueError(f"label {int(flat[wrong][0])} is out of range: 0 to {logits.shape[-1] - 1} or {IGNORED}")
         nats = F.cross_entropy(_scores(logits).flatten(0, -2), flat, ignore_index=IGNORED, reduction="none")
         return nats.view(len(logits), -1).sum(1)
+
+    def sample(self, scores: Tensor) -> Tensor:
+        return scores.softmax(-1).flatten(0, -2).multinomial(1)
 
 
 class _DenseOutput(Output):
@@ -171,6 +182,9 @@ class GaussianOutput(_DenseOutput):
     def nats(self, scores: Tensor, labels: Tensor) -> Tensor:
         return 0.5 * (scores - labels).square()
 
+    def sample(self, scores: Tensor) -> Tensor:
+        return scores + torch.randn_like(scores)
+
 
 @register_output("bernoulli")
 class BernoulliOutput(_DenseOutput):
@@ -185,6 +199,9 @@ class BernoulliOutput(_DenseOutput):
 
     def nats(self, scores: Tensor, labels: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(scores, labels, reduction="none")
+
+    def sample(self, scores: Tensor) -> Tensor:
+        return scores.sigmoid().bernoulli()
 
 
 def _scores(logits: Tensor) -> Tensor:

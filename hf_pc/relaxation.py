@@ -15,9 +15,13 @@ import torch
 from torch import Tensor
 
 from hf_pc.energies import wide
+from hf_pc.learning import Phase
 from hf_pc.node import RELAX, LossScale, Node, Site
 
 OUTPUT_LABEL = "output"
+PLAIN = Phase()
+#: what every phase adds to; the rest is reported of the first phase alone
+EVERY_PHASE = ("sweeps", "tried", "refused", "residual", "sequences")
 
 
 class Relaxation:
@@ -29,6 +33,8 @@ class Relaxation:
         precision: the precision of every node, or None for `relative_std`.
         relative_std: sigma as a multiple of the RMS of each token's prediction.
         join: the solver's: what goes up from a site whose module predicted mu.
+        phase: the strength of the output energy, and where the errors start.
+        before: the relaxation of the phase before, of the same batch.
     """
 
     def __init__(
@@ -38,8 +44,11 @@ class Relaxation:
         precision: float | None,
         relative_std: float | None,
         join: Callable[[Relaxation, Site, Tensor], Tensor],
+        phase: Phase = PLAIN,
+        before: Relaxation | None = None,
     ) -> None:
         self.batch = batch
+        self.phase = phase
         self._join = join
         self.tokens = tokens
         self._strength = (relative_std, precision)
@@ -59,13 +68,32 @@ class Relaxation:
         self.feedforward_energy: Tensor | None = None  # [batch], of the first pass, where every error is zero
         self._top_signal: Tensor | None = None  # g at the last node in the feedforward pass
         self._change = self._reference = torch.zeros((), dtype=torch.float64)
+        if before is not None and phase.start:
+            self._continue(before)
+
+    def _continue(self, before: Relaxation) -> None:
+        """Start from the errors of the phase before, scaled."""
+        self.sites, self._of_node = before.sites, before._of_node
+        for site in self.sites:
+            site.leaf = (self.phase.start * site.leaf.detach()).requires_grad_()
+        ratio = self.phase.strength / before.phase.strength
+        assert before.feedforward_energy is not None
+        self.feedforward_energy = ratio * before.feedforward_energy
+        self._top_signal = None if before._top_signal is None else ratio * before._top_signal
+        self._reference = ratio**2 * before._reference
+
+    def passes(self, sweeps: int) -> int:
+        """Passes that this phase makes of `sweeps`: one less where it does not start at rest."""
+        if self.phase.at_rest:
+            return 1
+        return max(1, sweeps - 1) if self.phase.start else sweeps
 
     @property
     def leaves(self) -> list[Tensor]:
         return [site.leaf for site in self.sites]
 
     def note_output(self, energy: Tensor) -> None:
-        """Note a pass's output energy, nats, [batch]."""
+        """Note a pass's output energy, nats, [batch], times the phase's strength."""
         self.output_energy = energy.detach()
         if self.at_rest:
             self.feedforward_energy = self.output_energy
@@ -108,7 +136,7 @@ class Relaxation:
     @property
     def at_rest(self) -> bool:
         """Whether this is the first pass, where every error is zero."""
-        return self.sweeps == 1
+        return self.sweeps == 1 and not self.phase.start
 
     def _site(self, node: Node, mu: Tensor) -> Site:
         sites = self._of_node.setdefault(node.name, [])
@@ -156,7 +184,8 @@ class Relaxation:
                 weight.grad = scaled if weight.grad is None else weight.grad + scaled
             self._held = {}
 
-        return LossScale.apply(output_energy.sum(), note)  # type: ignore[no-any-return,no-untyped-call]
+        total: Tensor = LossScale.apply(output_energy.sum(), note)  # type: ignore[no-untyped-call]
+        return self.phase.weight * total
 
     def free_energy(self) -> Tensor:
         """F of each sequence at the last pass, nats, [batch], float64."""

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,10 +120,13 @@ class TokenLossMixin(_TrainerPart):
         items = max(items, 1)
         # a router's loss is a mean over its batch: it counts for the share of the step's tokens that the batch has
         share = labels.ne(IGNORED).sum() / items
-        loss = energy.sum() / items + share * auxiliary_loss(self.model, outputs)
+        loss = energy.sum() / items + share * self._auxiliary(outputs)
         if learning and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _auxiliary(self, outputs: Any) -> Tensor | float:
+        return auxiliary_loss(self.model, outputs)
 
     def _output_energy(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         batch, labels = self.output.split(inputs)
@@ -246,17 +250,31 @@ class PCTrainerMixin(TokenLossMixin):
         weight_step = None
         if self.pc_config.weight_update == "every_sweep":
             weight_step = self._weight_step(model, inputs, num_items_in_batch)
-        with pc.relaxed(inputs, weight_step) as relaxation:
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-            add_sums(self._window, pc.observe(relaxation))
-            self.nonfinite_node = None
-            if not bool(relaxation.free_energy().isfinite().all()):
-                self.nonfinite_node = relaxation.first_nonfinite()
-            # logged as the loss: the feedforward pass's, not that of states which have seen the labels
-            assert relaxation.feedforward_energy is not None
-            assert relaxation.output_energy is not None
-            seen, relaxed = relaxation.feedforward_energy.sum(), relaxation.output_energy.sum()
-        return loss * (seen / relaxed) if relaxed else loss
+        self.nonfinite_node = None
+        logged: Tensor | None = None
+        for phase in pc.phases:
+            last = phase is pc.phases[-1]
+            with pc.relaxed(inputs, weight_step, phase) as relaxation, self._synchronised(model, last):
+                loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+                add_sums(self._window, pc.observe(relaxation))
+                if not bool(relaxation.free_energy().isfinite().all()):
+                    self.nonfinite_node = self.nonfinite_node or relaxation.first_nonfinite()
+                if logged is None:
+                    # the feedforward pass's loss, not that of states which have seen the labels
+                    assert relaxation.feedforward_energy is not None
+                    assert relaxation.output_energy is not None
+                    seen, relaxed = relaxation.feedforward_energy.sum(), relaxation.output_energy.sum()
+                    logged = loss * (seen / relaxed) / phase.weight if relaxed else loss
+        assert logged is not None
+        return logged
+
+    def _synchronised(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Processes exchange gradients once per step, after its last phase."""
+        return nullcontext() if last else self.accelerator.no_sync(model)
+
+    def _auxiliary(self, outputs: Any) -> Tensor | float:
+        loss = super()._auxiliary(outputs)
+        return loss if self.pc is None or self.pc.relaxation is None else self.pc.relaxation.phase.share * loss
 
     def _weight_step(
         self, model: nn.Module, inputs: Mapping[str, Any], items: Tensor | int | None

@@ -24,8 +24,8 @@ class Solver(ABC):
         config: `sweeps`, `step_size`, `tolerance` and `state_optimizer` are the solver's to follow.
     """
 
-    #: whether `state_optimizer` is followed, and whether weights may move at every sweep
-    takes_optimizer = moves_weights = False
+    #: whether `state_optimizer` is followed, weights may move at every sweep, a step may have several phases
+    takes_optimizer = moves_weights = takes_phases = False
 
     def __init__(self, config: PCConfig) -> None:
         assert config.step_size is not None

@@ -21,6 +21,8 @@ from hf_pc.solvers.descent import Descent
 class ErrorSolver(Solver):
     """Relaxation in error coordinates; `step_size` "auto" never raises a sequence's free energy."""
 
+    takes_phases = True
+
     def join(self, relaxation: Relaxation, site: Site, mu: Tensor) -> Tensor:
         if relaxation.at_rest:
             site.leaf = site.error.requires_grad_()
@@ -33,7 +35,7 @@ class ErrorSolver(Solver):
         if self.step_size != "auto":
             return self._relax_fixed(relaxation, forward, float(self.step_size))
         descent: Descent | None = None
-        for _ in range(self.sweeps - 1):
+        for _ in range(relaxation.passes(self.sweeps) - 1):
             relaxation.begin(RELAX)
             energy = forward()
             descent = descent or Descent(relaxation, self.tolerance)
@@ -46,7 +48,7 @@ class ErrorSolver(Solver):
 
     def _relax_fixed(self, relaxation: Relaxation, forward: Callable[[], Tensor], step: float) -> Callable[[], bool]:
         relaxation.step_size = step
-        for _ in range(self.sweeps - 1):
+        for _ in range(relaxation.passes(self.sweeps) - 1):
             relaxation.begin(RELAX)
             gradients = self.gradients(relaxation, forward())
             for site, gradient in zip(relaxation.sites, gradients, strict=True):

@@ -1,0 +1,57 @@
+"""What the weights learn from: one relaxation, or several set against each other.
+
+Learning at the equilibrium of F = L_out + sum E_l descends min_e F. To first order that is L_out - sum |g_l|^2 / 2p_l,
+a reward for large gradients, which plain PC collects when it relaxes strongly. With b scaling the output energy, the
+local gradient of the relaxed phase is G(b) = b grad L_out + b^2 A + b^3 B + ...; the rules below keep the first term:
+
+- plain: G(1).
+- centred: (G(1) - G(-1)) / 2, relaxing once towards the labels and once away; leaves b^2 B. The symmetric nudging of
+  equilibrium propagation (Laborieux et al. 2021), benchmarked for PC in arXiv 2407.01163.
+- extrapolated: C(b) = (G(b) - G(-b)) / 2b at b = 1 and 1/2, (4 C(1/2) - C(1)) / 3 (Richardson); leaves fourth order.
+- wake_sleep: G(1) less what the model's own labels teach, G(1, y') - grad L_out(y') with y' drawn from the output.
+  The marginal likelihood's Laplace correction cancels the reward in expectation when the model is calibrated.
+
+A phase that only changes b starts from the errors of the one before, scaled, and saves itself the first sweep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One relaxation of a step.
+
+    Args:
+        strength: b, the factor on the output energy.
+        weight: of the phase's local gradient in the sum that the weights learn from.
+        start: errors begin at this multiple of those of the phase before; 0 begins at rest.
+        own_labels: the labels are drawn from the model's output.
+        at_rest: no relaxation: the phase learns backprop's gradient.
+    """
+
+    strength: float = 1.0
+    weight: float = 1.0
+    start: float = 0.0
+    own_labels: bool = False
+    at_rest: bool = False
+
+    @property
+    def share(self) -> float:
+        """Of grad L_out in the sum; over the phases of a rule that is 1, own labels apart."""
+        return self.strength * self.weight
+
+
+#: the phases of each rule; the first is the one that is reported
+RULES: dict[str, tuple[Phase, ...]] = {
+    "plain": (Phase(),),
+    "centred": (Phase(1.0, 0.5), Phase(-1.0, -0.5, start=-1.0)),
+    "extrapolated": (
+        Phase(1.0, -1 / 6),
+        Phase(-1.0, 1 / 6, start=-1.0),
+        Phase(-0.5, -4 / 3, start=0.5),
+        Phase(0.5, 4 / 3, start=-1.0),
+    ),
+    "wake_sleep": (Phase(), Phase(1.0, -1.0, own_labels=True), Phase(1.0, 1.0, own_labels=True, at_rest=True)),
+}

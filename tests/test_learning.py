@@ -1,0 +1,116 @@
+"""Rules of learning at the equilibrium: what order of bias each leaves, and that the Trainer carries them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracles.linear import LinearChain
+from test_invariants import batch, gradients, make, worst
+from test_solvers import NODES, X, Y, backprop
+from test_trainer import trained, trainer
+
+from hf_pc import PCConfig, PCModel
+from hf_pc.learning import RULES
+from hf_pc.trainer import BackpropTrainer
+
+ORDER = {"plain": 1, "centred": 2, "extrapolated": 4}
+
+
+def distance(learning: str, precision: float) -> float:
+    """Of the gradient at equilibrium to backprop's, on a linear chain, relative."""
+    model = LinearChain()
+    expected = backprop(model)
+    settings: dict[str, Any] = {"nodes": NODES, "output": "gaussian", "learning": learning, "precision": precision}
+    PCModel(model, PCConfig(**settings, sweeps=400, tolerance=1e-14)).accumulate_grad(inputs=X, labels=Y)
+    return worst(gradients(model), expected)
+
+
+@pytest.mark.parametrize("learning", ORDER)
+def test_order_of_the_bias(learning: str) -> None:
+    """A rule's gradient differs from backprop's by O(1/p), O(1/p^2) or O(1/p^4): ten times stiffer, 10, 100, 10^4."""
+    near, far = distance(learning, 100.0), distance(learning, 10.0)
+    assert far / near == pytest.approx(10 ** ORDER[learning], rel=0.5)
+
+
+@pytest.mark.parametrize("learning", RULES)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_one_sweep_is_backprop(learning: str, name: str) -> None:
+    """At T = 1 every rule leaves backprop's gradient, dropout included: its phases share their masks."""
+    found = []
+    for rule in ("plain", learning):
+        model = make(name, dropout=0.1)
+        torch.manual_seed(3)
+        PCModel(model, PCConfig(sweeps=1, learning=rule)).accumulate_grad(**batch())
+        found.append(gradients(model))
+    assert worst(found[1], found[0]) < 1e-4
+
+
+def test_wake_sleep_is_the_sum_of_its_parts() -> None:
+    """The gradient at the labels, less that at drawn labels, plus backprop's at drawn labels."""
+    inputs = batch()
+    model = make("gpt2").double()
+    pc = PCModel(model, PCConfig(relative_std=1.0, sweeps=6, learning="wake_sleep"))
+    pc.accumulate_grad(**inputs)
+    drawn = pc._own_labels
+    assert drawn is not None
+    assert torch.equal(drawn.eq(-100), pc.output.split(inputs)[1].eq(-100))
+    pc.detach()
+    parts = []
+    for labels, sweeps in ((None, 6), (drawn, 6), (drawn, 1)):
+        other = make("gpt2").double()
+        config = PCConfig(relative_std=1.0, sweeps=sweeps)
+        given = inputs if labels is None else {**inputs, "shift_labels": labels}
+        PCModel(other, config).accumulate_grad(**given)
+        parts.append(gradients(other))
+    expected = {name: parts[0][name] - parts[1][name] + parts[2][name] for name in parts[0]}
+    assert worst(gradients(model), expected) < 1e-9
+
+
+def test_a_phase_that_starts_warm_ends_where_a_cold_one_does() -> None:
+    """Starting away from the labels at the negated errors saves a sweep, and reaches the same equilibrium."""
+    pc = PCModel(make("gpt2").double(), PCConfig(relative_std=1.0, sweeps=40, learning="centred"))
+    inputs, found = batch(), []
+    towards, away = pc.phases
+    for phases in ((towards, away), (towards, type(away)(-1.0, -0.5))):
+        for phase in phases:
+            with pc.relaxed(inputs, phase=phase) as relaxation:
+                pc.learning_pass(inputs)[0].backward()
+        found.append([site.leaf.detach() for site in relaxation.sites])
+        assert relaxation.sweeps == (39 if phases[1].start else 40)
+    for warm, cold in zip(*found, strict=True):
+        torch.testing.assert_close(warm, cold, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("learning", ["centred", "extrapolated"])
+def test_accumulation(tmp_path: Path, learning: str) -> None:
+    """One batch of 8 and two of 4 train alike."""
+    config = PCConfig(sweeps=3, relative_std=0.5, learning=learning)  # type: ignore[arg-type]
+    whole = trained(tmp_path / "a", config, per_device_train_batch_size=8)
+    halves = trained(tmp_path / "b", config, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert (whole - halves).norm() / whole.norm() < 1e-5
+
+
+@pytest.mark.parametrize("learning", [rule for rule in RULES if rule != "plain"])
+def test_training(tmp_path: Path, learning: str) -> None:
+    """Under the Trainer the logged loss is the feedforward one, the target is held, all phases' sweeps are counted."""
+    config = PCConfig(sweeps=4, relaxed_fraction=0.1, learning=learning)  # type: ignore[arg-type]
+    run = trainer(tmp_path, config, max_steps=30, learning_rate=1e-4)
+    run.train()
+    bp = trainer(tmp_path, None, BackpropTrainer, max_steps=1, learning_rate=1e-4)
+    bp.train()
+    logs = [entry for entry in run.state.log_history if "relaxed_fraction" in entry]
+    assert logs[0]["loss"] == pytest.approx(bp.state.log_history[0]["loss"], rel=1e-5)
+    assert logs[-1]["relaxed_fraction"] == pytest.approx(0.1, rel=0.2)
+    expected = {"centred": 4 + 3, "extrapolated": 4 + 3 + 3 + 3, "wake_sleep": 4 + 4 + 1}[learning]
+    assert logs[-1]["sweeps"] == pytest.approx(expected, abs=0.5)
+
+
+def test_rules_need_the_error_solver() -> None:
+    """Several phases start from each other's errors, which other solvers do not keep: an error by name."""
+    with pytest.raises(ValueError, match="learning='centred' needs solver='error'"):
+        PCConfig(learning="centred", solver="state")
+    with pytest.raises(ValueError, match="learning='sharp' is unknown"):
+        PCConfig(learning="sharp")  # type: ignore[arg-type]
