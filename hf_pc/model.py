@@ -344,7 +344,8 @@ class PCModel:
         self.solver.close(relaxation)
         sums = relaxation.sums()
         if relaxation.phase is not self.phases[0]:
-            return {name: sums[name] for name in EVERY_PHASE}
+            counted = EVERY_PHASE if not relaxation.phase.at_rest else ("sweeps",)
+            return {name: sums[name] for name in counted}
         add_sums(self._steering, {name: sums[name] for name in ("change", "reference")})
         return sums
 

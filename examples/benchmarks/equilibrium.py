@@ -1,0 +1,54 @@
+"""Learning at the equilibrium: each rule of `hf_pc.learning` against backprop, on the characters of a text.
+
+    python examples/benchmarks/equilibrium.py --train_file text.txt --layers 6 --steps 1000 --seeds 3
+
+Prints one JSON line per method and seed, and one with mean and spread per method: test perplexity of a plain forward
+pass, the regime it was learned in, and the time of a step, all phases counted, over backprop's. Each method takes the
+learning rate, of the same few, that does best on validation text with seed 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+from language import Text, arguments, compare, split
+
+from hf_pc import PCConfig
+from hf_pc.learning import RULES
+
+DEFAULTS = {"steps": 1000, "batch": 16, "layers": 6, "hidden": 128, "heads": 4, "sequence": 64, "sweeps": 3,
+            "seeds": 3, "learning_rates": [1e-3, 2e-3, 4e-3, 8e-3]}  # fmt: skip
+
+
+def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:
+    """Backprop, and every rule at every target of relaxed_fraction."""
+    found: dict[str, PCConfig | None] = {"backprop": None}
+    for target in args.relaxed_fractions:
+        for rule in RULES:
+            config = PCConfig(learning=rule, relaxed_fraction=target, sweeps=args.sweeps)  # type: ignore[arg-type]
+            found[f"{rule}_{target:g}"] = config
+    return found
+
+
+def load(args: argparse.Namespace) -> Text:
+    """Characters; one that the training text lacks counts as its first."""
+    parts = split(args)
+    index = {character: i for i, character in enumerate(sorted(set(parts[0])))}
+    return Text(*(torch.tensor([index.get(c, 0) for c in part]) for part in parts), vocabulary=len(index))
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = arguments(__doc__, **DEFAULTS)
+    parser.add_argument("--relaxed_fractions", type=float, nargs="+", default=[0.1, 0.3])
+    args = parser.parse_args(argv)
+    return compare(methods(args), load(args), args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,206 @@
+"""What the language benchmarks share: windows of text, training by PC or backprop, tuning, seeds, JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+
+from hf_pc import PCConfig, PCModel
+from hf_pc.output import Output
+from hf_pc.relaxation import regime
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids of training, validation and test text, each a stream; the number of different tokens."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    vocabulary: int
+
+
+def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser of what every language benchmark takes; the defaults are each benchmark's."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_file", type=Path, required=True, help="a text, UTF-8; its last tenth is held out")
+    for name in ("steps", "batch", "layers", "hidden", "heads", "sequence", "sweeps", "seeds"):
+        parser.add_argument(f"--{name}", type=positive, default=defaults[name])
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=defaults["learning_rates"])
+    parser.add_argument("--methods", nargs="+", help="some of them; default: all")
+    return parser
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not allowed: at least 1 is needed")
+    return value
+
+
+def split(args: argparse.Namespace) -> tuple[str, str, str]:
+    """The first 90% of the text to train on, 5% to choose by, 5% to report."""
+    if not args.train_file.is_file():
+        raise ValueError(f"--train_file {args.train_file}: there is no such file")
+    text = args.train_file.read_text(encoding="utf-8")
+    first, second = int(0.9 * len(text)), int(0.95 * len(text))
+    return text[:first], text[first:second], text[second:]
+
+
+def gpt2(args: argparse.Namespace, vocabulary: int, seed: int, device: torch.device) -> GPT2LMHeadModel:
+    set_seed(seed)
+    config = GPT2Config(
+        vocab_size=vocabulary, n_positions=args.sequence, n_embd=args.hidden, n_layer=args.layers, n_head=args.heads,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, use_cache=False,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).to(device)
+
+
+def windows(stream: Tensor, length: int, batch: int, steps: int, seed: int) -> Iterator[Batch]:
+    """Random windows of a stream, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        starts = torch.randint(0, len(stream) - length + 1, (batch, 1), generator=generator)
+        ids = stream[starts + torch.arange(length)]
+        yield {"input_ids": ids, "labels": ids}
+
+
+@torch.no_grad()
+def loss_of(model: GPT2LMHeadModel, stream: Tensor, length: int) -> float:
+    """Nats per token of a plain forward pass over a stream cut into sequences."""
+    model.eval()
+    output = Output.of(model)
+    nats = tokens = 0.0
+    rows = stream[: len(stream) // length * length].view(-1, length)
+    if not len(rows):
+        raise ValueError(f"the held-out text has {len(stream)} tokens, fewer than --sequence {length}")
+    for ids in rows.split(64):
+        ids = ids.to(model.device)
+        batch, labels = output.split({"input_ids": ids, "labels": ids})
+        nats += output.energy(model(**batch).logits, labels).sum().item()
+        tokens += output.count(labels).item()
+    return nats / tokens
+
+
+def gradient(model: GPT2LMHeadModel, pc: PCModel | None, batch: Batch) -> Any:
+    """Fill every weight's `.grad` by PC or by backprop; PC's report."""
+    batch = {name: ids.to(model.device) for name, ids in batch.items()}
+    if pc is not None:
+        found = pc.accumulate_grad(**batch)
+        pc.steer()
+        return found
+    output = Output.of(model)
+    inputs, labels = output.split(batch)
+    (output.energy(model(**inputs).logits, labels).sum() / output.count(labels)).backward()
+    return None
+
+
+def train(
+    model: GPT2LMHeadModel, config: PCConfig | None, text: Text, args: argparse.Namespace, seed: int, rate: float,
+    title: str,
+) -> dict[str, Any]:  # fmt: skip
+    """AdamW with warm-up and a cosine schedule, the same for every method; the regime PC learned in."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=args.steps, pct_start=0.1)
+    pc = PCModel(model, config) if config else None
+    facts: list[tuple[float, ...]] = []
+    model.train()
+    batches = windows(text.train, args.sequence, args.batch, args.steps, seed)
+    for batch in tqdm(batches, total=args.steps, desc=title, leave=False):
+        optimizer.zero_grad()
+        found = gradient(model, pc, batch)
+        if found is not None:
+            facts.append((found.relaxed_fraction, found.residual, found.refused, found.sweeps))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    if pc is None:
+        return {}
+    pc.detach()
+    fraction, residual, refused, sweeps = (statistics.fmean(values) for values in zip(*facts, strict=True))
+    return {"relaxed_fraction": fraction, "residual": residual, "refused": refused, "sweeps": sweeps,
+            "regime": regime(fraction, residual)}  # fmt: skip
+
+
+def step_ratio(model: GPT2LMHeadModel, config: PCConfig, text: Text, args: argparse.Namespace, pairs: int) -> float:
+    """Time of a PC gradient over a backprop gradient, the median of interleaved pairs."""
+    ratios = []
+    model.train()
+    for batch in windows(text.train, args.sequence, args.batch, pairs + 2, 0):
+        seconds = []
+        for chosen in (config, None):
+            pc = PCModel(model, chosen) if chosen else None
+            model.zero_grad()
+            began = time.perf_counter()
+            gradient(model, pc, batch)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+            if pc is not None:
+                pc.detach()
+        ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios[2:])
+
+
+def compare(
+    methods: dict[str, PCConfig | None], text: Text, args: argparse.Namespace, pairs: int = 10
+) -> list[dict[str, Any]]:
+    """Tune each method's learning rate on validation text at seed 0, train with every seed, print JSON lines.
+
+    Returns:
+        One line per method: mean and spread of the test perplexity, the regime, the time of a step over backprop's.
+
+    Raises:
+        ValueError: `args.methods` names a method that there is not.
+    """
+    for name in args.methods or []:
+        if name not in methods:
+            raise ValueError(f"--methods {name} is unknown; allowed: {', '.join(methods)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    setting = {n: getattr(args, n) for n in ("steps", "batch", "layers", "hidden", "heads", "sequence")}
+    setting["machine"] = (
+        f"{platform.machine()} {device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
+    lines: list[dict[str, Any]] = []
+
+    def run(name: str, seed: int, rate: float) -> tuple[GPT2LMHeadModel, dict[str, Any]]:
+        model = gpt2(args, text.vocabulary, seed, device)
+        return model, train(model, methods[name], text, args, seed, rate, f"{name}, seed {seed}, {rate:g}")
+
+    for name in args.methods or methods:
+        tried: dict[float, tuple[float, GPT2LMHeadModel, dict[str, Any]]] = {}
+        for rate in args.learning_rates:
+            model, facts = run(name, 0, rate)
+            loss = loss_of(model, text.validation, args.sequence)
+            tried[rate] = (loss if math.isfinite(loss) else math.inf, model, facts)
+        rate = min(tried, key=lambda r: tried[r][0])
+        perplexities = []
+        for seed in range(args.seeds):
+            model, facts = tried[rate][1:] if seed == 0 else run(name, seed, rate)
+            perplexities.append(math.exp(min(700.0, loss_of(model, text.test, args.sequence))))
+            line = {"method": name, "seed": seed, "learning_rate": rate, "test_perplexity": perplexities[-1], **facts}
+            print(json.dumps(line), flush=True)
+        config = methods[name]
+        lines.append({
+            "method": name, "mean": statistics.fmean(perplexities),
+            "spread": statistics.stdev(perplexities) if args.seeds > 1 else None, **facts,
+            "validation_loss_by_rate": {f"{r:g}": round(tried[r][0], 4) for r in tried},
+            "step_time_ratio": step_ratio(model, config, text, args, pairs) if config else 1.0, **setting,
+        })  # fmt: skip
+        print(json.dumps(lines[-1]), flush=True)
+    return lines
