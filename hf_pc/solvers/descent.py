@@ -2,6 +2,9 @@
 
 Works on the leaves of the sites, whatever the coordinates: each sequence keeps the best leaves it has met, shrinks
 its rate where a move was refused, and starts the next one from the best again.
+
+Moves are Anderson-accelerated (Walker and Ni 2011, type II): of the last few moves that stood, those combinations are
+taken back whose directions would cancel the present one. A sequence that was just refused moves plainly.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from hf_pc.node import Site
 from hf_pc.relaxation import Relaxation
 
 GROW, SHRINK = 1.3, 0.4
+#: moves that acceleration looks back on, and the share of their squares that keeps their equations solvable
+DEPTH, RIDGE = 2, 1e-6
 
 #: relative rise of F that is rounding of the forward pass, not a rise
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 5e-4}
@@ -34,6 +39,7 @@ class Descent:
         self.rounding = ROUNDING[_compute_dtype(relaxation)]
         self.best: list[Tensor] = []
         self.direction: list[Tensor] = []
+        self.past: list[tuple[list[Tensor], list[Tensor]]] = []  # differences of best and of direction, newest last
         self.free_energy: Tensor | None = None
         self.residual: Tensor
         self.rate: Tensor
@@ -62,6 +68,7 @@ class Descent:
         if not self.best:
             self.best, self.direction, self.residual = leaves, directions, residual
         else:
+            before = self.best, self.direction
             if bool(stands.all()):
                 self.best, self.direction = leaves, directions
             else:
@@ -70,6 +77,9 @@ class Descent:
                 self.direction = [
                     torch.where(c, n, b) for c, n, b in zip(columns, directions, self.direction, strict=True)
                 ]
+            moved = [new - old for new, old in zip(self.best, before[0], strict=True)]
+            turned = [new - old for new, old in zip(self.direction, before[1], strict=True)]
+            self.past = [*self.past, (moved, turned)][-DEPTH:]
             self.residual = torch.where(stands, residual, self.residual)
             self.rate = torch.where(stands, (self.rate * GROW).clamp(max=1.0), self.rate * SHRINK)
 
@@ -77,13 +87,38 @@ class Descent:
         return self.residual < self.tolerance
 
     def propose(self) -> None:
-        """Put the next leaves into the sites: best + rate * direction; a converged sequence stays."""
+        """Put the next leaves into the sites: best + rate * accelerated direction; a converged sequence stays."""
         rate = torch.where(self.converged(), torch.zeros_like(self.rate), self.rate)
         full = bool((rate == 1).all())
-        for site, best, direction in zip(self.relaxation.sites, self.best, self.direction, strict=True):
+        back = self._combination()
+        for i, (site, best, direction) in enumerate(
+            zip(self.relaxation.sites, self.best, self.direction, strict=True)
+        ):
+            for share, (moved, turned) in zip(back, self.past, strict=True):
+                column = _per_sequence(share, site, self.relaxation.batch).to(direction.dtype)
+                direction = direction - column * (moved[i] + turned[i])
             if not full:
                 direction = direction * _per_sequence(rate, site, self.relaxation.batch).to(direction.dtype)
             site.leaf = (best + direction).requires_grad_()
+
+    def _combination(self) -> list[Tensor]:
+        """Of each past move, the share to take back, [batch]: least squares of the direction on its differences."""
+        if not self.past:
+            return []
+        rows = [turned for _, turned in self.past] + [self.direction]
+        sites, batch = self.relaxation.sites, self.relaxation.batch
+        size = len(rows)
+        products = torch.zeros(batch, size, size, dtype=torch.float64, device=self.rate.device)
+        for i, site in enumerate(sites):
+            weighted = [(row[i] * site.precision.sqrt()).reshape(batch, -1) for row in rows]
+            stacked = torch.stack(weighted, 1)
+            products += (stacked @ stacked.transpose(1, 2)).to(products)
+        gram, right = products[:, :-1, :-1], products[:, :-1, -1]
+        ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+        eye = torch.eye(size - 1, dtype=torch.float64, device=gram.device)
+        shares = torch.linalg.solve(gram + ridge[:, None, None] * eye, right)
+        plain = (self.rate < 1) | ~shares.isfinite().all(1)
+        return list(torch.where(plain[:, None], 0.0, shares).unbind(1))
 
     def confirm(self) -> bool:
         """Whether the last pass stands for every sequence; if not, the leaves are the best ones again."""
