@@ -242,6 +242,23 @@ class PCModel:
             outputs, energy = self._pass(forward, batch, labels)
         return energy if mode == RELAX else self.relaxation.loss(energy), outputs
 
+    def free_energy_gradients(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """One more relaxing sweep: dF/dx of every site at its present leaf, nats; belongs inside `relaxed`."""
+        if self.relaxation is None:
+            raise RuntimeError("free_energy_gradients belongs inside `with pc.relaxed(inputs)`")
+        batch, labels = self._split(inputs, self.relaxation.phase)
+        self.relaxation.begin(RELAX)
+        with self._frozen():
+            return self.solver.gradients(self.relaxation, self._pass(self.model, batch, labels)[1])
+
+    def backprop_loss(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The loss of a plain forward pass, nats per label token: what backprop would descend."""
+        batch, labels = self.output.split(inputs)
+        outputs = self.model(**batch)
+        return self.output.total(outputs, labels).sum() / self.output.count(labels) + auxiliary_loss(
+            self.model, outputs
+        )
+
     def _split(self, inputs: Mapping[str, Any], phase: Phase) -> tuple[dict[str, Any], Tensor]:
         batch, labels = self.output.split(inputs)
         if phase.own_labels:

@@ -8,6 +8,7 @@ checkpoints and gradient synchronisation stay the Trainer's.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -23,11 +24,15 @@ from transformers.trainer_callback import ProgressCallback
 
 from hf_pc.callbacks import NonFiniteGuard, PCProgressCallback, SteeringCallback
 from hf_pc.config import PCConfig
+from hf_pc.diagnostics.curvature import largest_curvature
 from hf_pc.model import STATE_NAME, PCModel
 from hf_pc.output import IGNORED, Output, auxiliary_loss
 from hf_pc.placement import resolve
 from hf_pc.relaxation import add_sums, summary
 
+logger = logging.getLogger(__name__)
+#: lambda_max, in precisions, over which a relaxation is running away
+RUNAWAY_CURVATURE = 20.0
 _TrainerPart: Any = Trainer if TYPE_CHECKING else object
 
 
@@ -42,14 +47,22 @@ class PCTrainingArguments(TrainingArguments):
     Args:
         nonfinite_patience: optimiser steps in a row with a non-finite free energy after which the run saves a
             checkpoint and stops. Each of these steps leaves the weights as they are.
+        curvature_steps: every so many optimiser steps the largest curvature of the free energy is logged, and a
+            warning given where it has run away; each time costs about 16 sweeps. None never looks.
     """
 
     nonfinite_patience: int = field(
         default=3, metadata={"help": "Steps in a row with a non-finite free energy before the run stops."}
     )
 
+    curvature_steps: int | None = field(
+        default=None, metadata={"help": "Log the largest curvature of the free energy every so many steps."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.curvature_steps is not None and self.curvature_steps < 1:
+            raise ValueError(f"curvature_steps={self.curvature_steps!r} is not allowed: at least 1 is needed")
         if self.nonfinite_patience < 1:
             raise ValueError(f"nonfinite_patience={self.nonfinite_patience!r} is not allowed: at least 1 is needed")
 
@@ -183,6 +196,7 @@ class PCTrainerMixin(TokenLossMixin):
         self.stopped_by: str | None = None
         self.nonfinite_node: str | None = None
         self._window: dict[str, Tensor] = {}
+        self._probed: set[int] = set()
         self._restored: dict[str, Any] | None = None
         patience = getattr(self.args, "nonfinite_patience", PCTrainingArguments.nonfinite_patience)
         self.add_callback(SteeringCallback(self))
@@ -219,7 +233,7 @@ class PCTrainerMixin(TokenLossMixin):
         if self.args.should_save:
             self.pc_config.save_pretrained(self.args.output_dir)
         self._restored = self.pc.state_dict() if self.pc is not None else None  # training goes on where it was
-        self.stopped_by, self._window, self.pc = None, {}, None
+        self.stopped_by, self._window, self._probed, self.pc = None, {}, set(), None
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
@@ -247,6 +261,7 @@ class PCTrainerMixin(TokenLossMixin):
         pc = self._attached()
         model.train()
         inputs = self._prepare_inputs(inputs)
+        self._probe(pc, inputs)
         weight_step = None
         if self.pc_config.weight_update == "every_sweep":
             weight_step = self._weight_step(model, inputs, num_items_in_batch)
@@ -267,6 +282,20 @@ class PCTrainerMixin(TokenLossMixin):
                     logged = loss * (seen / relaxed) / phase.weight if relaxed else loss
         assert logged is not None
         return logged
+
+    def _probe(self, pc: PCModel, inputs: Mapping[str, Any]) -> None:
+        every = getattr(self.args, "curvature_steps", None)
+        if every is None or self.state.global_step % every or self.state.global_step in self._probed:
+            return
+        self._probed.add(self.state.global_step)
+        curvature = largest_curvature(pc, inputs)
+        self.log({"curvature": curvature})
+        if curvature > RUNAWAY_CURVATURE:
+            logger.warning(
+                "step %d: the free energy's largest curvature is %.3g precisions; over %g a relaxation needs ever "
+                "smaller steps, and published runs collapsed. Lower relaxed_fraction, or learn centred",
+                self.state.global_step, curvature, RUNAWAY_CURVATURE,
+            )  # fmt: skip
 
     def _synchronised(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Processes exchange gradients once per step, after its last phase."""

@@ -1,0 +1,54 @@
+"""How near PC's gradient is to backprop's: cosine and ratio of norms, per parameter or group of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_pc.model import PCModel
+
+
+def compare_with_backprop(
+    pc: PCModel, inputs: Mapping[str, Any], group: Callable[[str], str] = lambda name: name
+) -> dict[str, dict[str, float]]:
+    """Cosine and norm ratio (PC over backprop) of the two gradients of a batch, per group of parameters.
+
+    A cosine over the whole model hides the input side, whose gradients are small; group by depth.
+    Gradients that the model holds are kept. The model should be in evaluation mode or without dropout.
+
+    Args:
+        pc: an attached PCModel.
+        inputs: a batch with labels.
+        group: a parameter's name to its group's; as given, each parameter is its own.
+    """
+    named = [(name, p) for name, p in pc.model.named_parameters() if p.requires_grad]
+    held = [p.grad for _, p in named]
+
+    def gradients(fill: Callable[[], Any]) -> list[Tensor]:
+        for _, p in named:
+            p.grad = None
+        fill()
+        return [torch.zeros_like(p) if p.grad is None else p.grad for _, p in named]
+
+    try:
+        learned = gradients(lambda: pc.accumulate_grad(**inputs))
+        true = gradients(lambda: pc.backprop_loss(inputs).backward())  # type: ignore[no-untyped-call]
+    finally:
+        for (_, p), grad in zip(named, held, strict=True):
+            p.grad = grad
+    sums: dict[str, Tensor] = {}
+    for (name, _), a, b in zip(named, learned, true, strict=True):
+        a, b = a.double().flatten(), b.double().flatten()
+        row = torch.stack([a @ b, a @ a, b @ b])
+        sums[group(name)] = sums.get(group(name), torch.zeros_like(row)) + row
+    tiny = torch.finfo(torch.float64).tiny
+    return {
+        name: {
+            "cosine": float(dot / (aa * bb).sqrt().clamp_min(tiny)),
+            "norm_ratio": float((aa / bb.clamp_min(tiny)).sqrt()),
+        }
+        for name, (dot, aa, bb) in sums.items()
+    }
