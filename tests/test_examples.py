@@ -10,6 +10,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
+import equilibrium  # noqa: E402
 import paper_transformer  # noqa: E402
 import run_seq2seq_pc  # noqa: E402
 import toy_pc  # noqa: E402
@@ -113,3 +114,20 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             call([*flags, "--output_dir", str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
+
+
+def test_equilibrium(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Backprop and every rule at every target, each with regime and step time; unknown characters are no error."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {i}: the square of {i} is {i * i}." for i in range(100)) + "\n" + "zebra! " * 60)
+    size = ["--hidden", "16", "--layers", "2", "--heads", "2", "--sequence", "16", "--batch", "4", "--steps", "3"]
+    found = equilibrium.main(
+        ["--train_file", str(text), *size, "--seeds", "1", "--learning_rates", "1e-3", "--relaxed_fractions", "0.1"]
+    )
+    assert len(capsys.readouterr().out.splitlines()) == 2 * 5
+    assert [line["method"] for line in found] == [
+        "backprop", "plain_0.1", "centred_0.1", "extrapolated_0.1", "wake_sleep_0.1"
+    ]  # fmt: skip
+    assert all(line["step_time_ratio"] > 1 and line["residual"] > 0 for line in found[1:])
+    with pytest.raises(ValueError, match="there is no such file"):
+        equilibrium.main(["--train_file", str(tmp_path / "none.txt")])

@@ -45,10 +45,8 @@ def compare_with_backprop(
         row = torch.stack([a @ b, a @ a, b @ b])
         sums[group(name)] = sums.get(group(name), torch.zeros_like(row)) + row
     tiny = torch.finfo(torch.float64).tiny
-    return {
-        name: {
-            "cosine": float(dot / (aa * bb).sqrt().clamp_min(tiny)),
-            "norm_ratio": float((aa / bb.clamp_min(tiny)).sqrt()),
-        }
-        for name, (dot, aa, bb) in sums.items()
-    }
+    found = {}
+    for name, (dot, aa, bb) in sums.items():
+        cosine, ratio = dot / (aa * bb).sqrt().clamp_min(tiny), (aa / bb.clamp_min(tiny)).sqrt()
+        found[name] = {"cosine": float(cosine), "norm_ratio": float(ratio)}
+    return found
