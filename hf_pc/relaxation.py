@@ -83,10 +83,10 @@ class Relaxation:
         self._reference = ratio**2 * before._reference
 
     def passes(self, sweeps: int) -> int:
-        """Passes that this phase makes of `sweeps`: one less where it does not start at rest."""
+        """Passes that this phase makes of `sweeps`: one less where it does not start at rest, but no single one."""
         if self.phase.at_rest:
             return 1
-        return max(1, sweeps - 1) if self.phase.start else sweeps
+        return sweeps - 1 if self.phase.start and sweeps > 2 else sweeps
 
     @property
     def leaves(self) -> list[Tensor]:
