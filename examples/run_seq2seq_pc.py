@@ -166,6 +166,7 @@ def show_examples(model: Any, tokenizer: Any, data: Any, count: int = 4) -> None
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = HfArgumentParser((Arguments, Seq2SeqPCTrainingArguments, PCConfig))  # type: ignore[arg-type]
+    parser.set_defaults(sweeps=5)  # cross-attention couples every decoder block to the encoder's errors
     args, training, pc_config = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
     training.do_train = training.do_eval = True
     set_seed(training.seed)

@@ -28,15 +28,16 @@ def write_card(
         base_model: the checkpoint that was fine-tuned; None for a model trained from scratch.
         dataset: a name for the text it learned from.
     """
+    task = "text-generation" if auto_class == "AutoModelForCausalLM" else "text2text-generation"
     data = ModelCardData(
         library_name="transformers",
         tags=TAGS,
         base_model=base_model,
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         model_name=model_name,
         eval_results=[
             EvalResult(
-                task_type="text-generation", dataset_type="text", dataset_name=dataset,
+                task_type=task, dataset_type="text", dataset_name=dataset,
                 metric_type="perplexity", metric_value=round(float(results["pc_perplexity"]), 4),
             )
         ],

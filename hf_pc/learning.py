@@ -12,7 +12,7 @@ local gradient of the relaxed phase is G(b) = b grad L_out + b^2 A + b^3 B + ...
   The marginal likelihood's Laplace correction cancels the reward in expectation when the model is calibrated.
 
 A phase that only changes b starts from the errors of the one before, scaled, and saves itself a sweep (of three or
-more). So in units of a backprop step T sweeps of "centred" cost (4T + 2) / 3 at T = 2 and 4T / 3 beyond: 3.3, 4.0, 5.3.
+more). So in units of a backprop step "centred" costs 3.3 at T = 2, and 4T / 3 beyond: 4.0 at T = 3.
 """
 
 from __future__ import annotations
