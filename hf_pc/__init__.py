@@ -2,8 +2,9 @@
 
 from hf_pc.config import NodeSpec, PCConfig
 from hf_pc.energies import register_energy
-from hf_pc.model import PCModel, RelaxationOutput
+from hf_pc.model import PCModel
 from hf_pc.placement import register_placement
+from hf_pc.report import RelaxationOutput
 from hf_pc.solvers import register_solver
 from hf_pc.trainer import PCTrainer, PCTrainerMixin, PCTrainingArguments
 

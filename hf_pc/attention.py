@@ -40,6 +40,7 @@ class AttentionNodes:
         self.model = model
         self.energy = energy
         self.nodes: dict[str, Node] = {}
+        self.states: dict[str, Any] = {}  # of energies whose nodes are yet to be met
         base = base_model(model)
         able = getattr(base, "_can_set_attn_implementation", None)
         if able is None or not able():
@@ -77,6 +78,7 @@ class AttentionNodes:
         name = f"{self._names[module]}.logits"
         if name not in self.nodes:
             self.nodes[name] = Node(name, module, ENERGIES[self.energy]())
+            self.nodes[name].energy.load_state_dict(self.states.get(name, {}))
         state = self._visit(self.nodes[name], logits)
         return logits if state is None else state
 

@@ -206,6 +206,7 @@ class PCConfig:
         from hf_pc.learning import RULES
 
         name, update = self.state_optimizer, self.weight_update
+        _check_string("PCConfig", "learning", self.learning)
         if self.learning not in RULES:
             raise ValueError(f"PCConfig.learning={self.learning!r} is unknown; allowed: {', '.join(map(repr, RULES))}")
         if self.learning != "plain" and not solver.takes_phases:

@@ -7,13 +7,12 @@ of transformers, and a detached or merely evaluated model computes bit for bit w
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,56 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from hf_pc.attention import AttentionNodes
-from hf_pc.config import PCConfig, check_scale, read_json
+from hf_pc.config import PCConfig, read_json
 from hf_pc.learning import RULES, Phase
 from hf_pc.node import LEARN, RELAX, Node
 from hf_pc.output import Output, auxiliary_loss
 from hf_pc.placement import resolve
-from hf_pc.relaxation import EVERY_PHASE, PLAIN, Relaxation, add_sums, regime, relaxed_fraction, summary
+from hf_pc.relaxation import EVERY_PHASE, PLAIN, Relaxation, add_sums, summary
+from hf_pc.report import RelaxationOutput
 from hf_pc.rng import RandomState
 from hf_pc.solvers import SOLVERS
+from hf_pc.steering import Steering, check_state
 
 #: modules that are nodes of some PCModel
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 STATE_NAME = "pc_state.json"
-INITIAL_RELATIVE_STD = 0.2
-STEERING_GAIN, STEERING_LIMIT = 0.5, 0.7
-SMALLEST_STD, LARGEST_STD = 1e-6, 1e6
-
-
-@dataclass(frozen=True)
-class RelaxationOutput:
-    """Where a relaxation ended, as its last sweep met it.
-
-    Attributes:
-        free_energy: F, nats per label token.
-        feedforward_energy: the output's energy before anything relaxed, the model's loss, nats per label token.
-        energies: of each node, and of the "output", nats per label token.
-        residual: |dF/de| / |g|, mean over sequences; 1 before the first move, 0 at equilibrium.
-        relaxed_fraction: share of the output error that relaxation changed.
-        displacement: |e| / |mu| of each node.
-        sweeps: passes run.
-        refused: share of the moves of single sequences that were refused.
-        states: x = mu + e of each node, shaped as its output.
-        errors: e of each node, float32 or wider.
-        sequence_free_energy: F of each sequence, nats, [batch].
-    """
-
-    free_energy: float
-    feedforward_energy: float
-    energies: dict[str, float]
-    residual: float
-    relaxed_fraction: float
-    displacement: dict[str, float]
-    sweeps: int
-    refused: float
-    states: dict[str, Tensor]
-    errors: dict[str, Tensor]
-    sequence_free_energy: Tensor
-
-    @property
-    def regime(self) -> str:
-        return regime(self.relaxed_fraction, self.residual)
 
 
 class PCModel:
@@ -92,7 +55,7 @@ class PCModel:
         self._attention = None if name is None else AttentionNodes(model, name)
         self.output = Output.of(model, self.config.output)
         self.solver = SOLVERS[self.config.solver](self.config)
-        self.relative_std = self.config.relative_std or INITIAL_RELATIVE_STD
+        self.steering = Steering(self.config)
         #: the relaxations of one step; the first is the one that is reported
         self.phases: tuple[Phase, ...] = RULES[self.config.learning]
         self.relaxation: Relaxation | None = None
@@ -100,7 +63,6 @@ class PCModel:
         self._own_labels: Tensor | None = None
         self._random: RandomState | None = None
         self._confirm: Callable[[], bool] | None = None
-        self._steering: dict[str, Tensor] = {}
         self._keep_states = False
         self._states: dict[str, Tensor] = {}
         self.attach()
@@ -363,33 +325,23 @@ class PCModel:
         if relaxation.phase is not self.phases[0]:
             counted = EVERY_PHASE if not relaxation.phase.at_rest else ("sweeps",)
             return {name: sums[name] for name in counted}
-        add_sums(self._steering, {name: sums[name] for name in ("change", "reference")})
+        self.steering.observe(sums)
         return sums
 
     def steer(self, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> None:
-        """Hold `relaxed_fraction` at its target; call once per optimiser step, after its batches.
-
-        The fraction grows as relative_std squared while it is small, so half the logarithm of what is missing is
-        the step that would close the gap; it is damped and bounded. Does nothing without a target or at T = 1.
+        """Hold `relaxed_fraction` at its target, and let energies learn; call once per optimiser step.
 
         Args:
             reduce: sums a tensor over processes.
         """
         for node in self.nodes:
             node.energy.step(reduce)
-        target, seen = self.config.relaxed_fraction, self._steering
-        self._steering = {}
-        if target is None or self.config.sweeps == 1 or not seen:
-            return
-        if not any(node.precision is None for node in self.nodes):
-            return
-        change, reference = reduce(torch.stack([seen["change"], seen["reference"]])).unbind()
-        measured = relaxed_fraction({"change": change, "reference": reference})
-        if not math.isfinite(measured):
-            return
-        step = 0.5 * STEERING_GAIN * math.log(target / max(measured, 1e-6 * target))
-        moved = self.relative_std * math.exp(max(-STEERING_LIMIT, min(STEERING_LIMIT, step)))
-        self.relative_std = max(SMALLEST_STD, min(LARGEST_STD, moved))
+        self.steering.step(reduce, steers=any(node.precision is None for node in self.nodes))
+
+    @property
+    def relative_std(self) -> float:
+        """What steering holds now: sigma as a multiple of each token's activity."""
+        return self.steering.relative_std
 
     def state_dict(self) -> dict[str, Any]:
         """What steering and the energies have learned, for an exact resume; ready for JSON."""
@@ -398,16 +350,13 @@ class PCModel:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`. Raises ValueError on anything else."""
-        self.check_state(state)
-        self.relative_std = float(state["relative_std"])
-        for node in self.nodes:
-            node.energy.load_state_dict(state.get("energies", {}).get(node.name, {}))
-
-    @staticmethod
-    def check_state(state: Any) -> None:
-        """Raise ValueError if this is no `state_dict`."""
-        value = state.get("relative_std") if isinstance(state, Mapping) else None
-        check_scale("state", "relative_std", value, upper=LARGEST_STD)
+        check_state(state)
+        self.steering.relative_std = float(state["relative_std"])
+        energies = state.get("energies", {})
+        for node in self._module_nodes:
+            node.energy.load_state_dict(energies.get(node.name, {}))
+        if self._attention:
+            self._attention.states = energies
 
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write the model as transformers does, and `pc_config.json` and `pc_state.json` beside it."""

@@ -1,0 +1,44 @@
+"""What a relaxation reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_pc.relaxation import regime
+
+
+@dataclass(frozen=True)
+class RelaxationOutput:
+    """Where a relaxation ended, as its last sweep met it.
+
+    Attributes:
+        free_energy: F, nats per label token.
+        feedforward_energy: the output's energy before anything relaxed, the model's loss, nats per label token.
+        energies: of each node, and of the "output", nats per label token.
+        residual: |dF/de| / |g|, mean over sequences; 1 before the first move, 0 at equilibrium.
+        relaxed_fraction: share of the output error that relaxation changed.
+        displacement: |e| / |mu| of each node.
+        sweeps: passes run.
+        refused: share of the moves of single sequences that were refused.
+        states: x = mu + e of each node, shaped as its output.
+        errors: e of each node, float32 or wider.
+        sequence_free_energy: F of each sequence, nats, [batch].
+    """
+
+    free_energy: float
+    feedforward_energy: float
+    energies: dict[str, float]
+    residual: float
+    relaxed_fraction: float
+    displacement: dict[str, float]
+    sweeps: int
+    refused: float
+    states: dict[str, Tensor]
+    errors: dict[str, Tensor]
+    sequence_free_energy: Tensor
+
+    @property
+    def regime(self) -> str:
+        return regime(self.relaxed_fraction, self.residual)

@@ -1,0 +1,119 @@
+"""The loss of a Trainer per label token: what backprop descends here, and what PC's learning pass starts from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+from hf_pc.callbacks import PCProgressCallback
+from hf_pc.output import IGNORED, Output, auxiliary_loss
+
+_TrainerPart: Any = Trainer if TYPE_CHECKING else object
+
+
+class TokenLossMixin(_TrainerPart):
+    """Loss per label token, right under accumulation, unequal label counts and in evaluation; for any Trainer.
+
+    Training loss is the sum over label tokens divided once by the tokens of the whole optimiser step; `eval_loss` is
+    a mean over all label tokens, and `eval_perplexity` its exponential. Both come from plain forward passes.
+
+    Args:
+        output: the output energy: "categorical", "gaussian", "bernoulli", or "auto" for the model's own.
+    """
+
+    output: Output
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model: Any = None, args: Any = None, *rest: Any, output: str = "auto", **kwargs: Any) -> None:
+        self._check(model, args, kwargs)  # before the Trainer makes its output folder
+        super().__init__(model, args, *rest, **kwargs)
+        self.output = Output.of(self.model, output)
+        self.model_accepts_loss_kwargs = True  # ask the Trainer to count label tokens, whatever the model's class
+        self._loss_shifts_labels = self.output.shifted
+        self._evaluated: list[Tensor] = []
+        self._nats = self._tokens = 0.0
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(PCProgressCallback)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(TokenLossMixin) > order.index(Trainer):
+            raise TypeError(f"class {cls.__name__}: name PCTrainerMixin before the Trainer, or it changes nothing")
+
+    def _check(self, model: Any, args: TrainingArguments | None, kwargs: Mapping[str, Any]) -> None:
+        """Raise ValueError on what the output energy cannot do."""
+        for cls in type(self).__mro__:
+            if "compute_loss" in vars(cls) and cls not in (TokenLossMixin, Trainer):
+                raise ValueError(
+                    f"{cls.__name__}.compute_loss is not supported: the loss is the output energy, computed from the "
+                    "logits and the labels"
+                )
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func is not supported: the output energy is computed from the logits")
+        if args is not None and args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={args.label_smoothing_factor} is not supported: the output energy is the "
+                "cross-entropy of the labels; use 0"
+            )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The output energy, nats per label token of the optimiser step (of the batch, in evaluation)."""
+        labels = self.output.split(inputs)[1]
+        learning = model.training
+        energy, outputs = self._output_energy(model, inputs)
+        if not learning:  # [batch]; a learning pass hands over its sum
+            tokens = labels.ne(IGNORED).flatten(1).sum(1) if labels.dim() > 1 else labels.ne(IGNORED).long()
+            self._evaluated = [energy.detach().double(), tokens.to(energy.device).double()]
+        items = num_items_in_batch if num_items_in_batch is not None else labels.ne(IGNORED).sum()
+        if learning and not items:
+            raise ValueError(f"every label of the batch is ignored ({IGNORED}): there is nothing to learn from")
+        items = max(items, 1)
+        # a router's loss is a mean over its batch: it counts for the share of the step's tokens that the batch has
+        share = labels.ne(IGNORED).sum() / items
+        loss = energy.sum() / items + share * self._auxiliary(outputs)
+        if learning and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _auxiliary(self, outputs: Any) -> Tensor | float:
+        return auxiliary_loss(self.model, outputs)
+
+    def _output_energy(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        batch, labels = self.output.split(inputs)
+        outputs = model(**batch)
+        return self.output.total(outputs, labels), outputs
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self._evaluated = []
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        if self._evaluated:
+            nats, tokens = self.accelerator.gather_for_metrics(tuple(self._evaluated))
+            self._nats, self._tokens = self._nats + float(nats.sum()), self._tokens + float(tokens.sum())
+        return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._nats = self._tokens = 0.0
+        result = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if self._tokens:
+            loss = self._nats / self._tokens
+            result.metrics[f"{prefix}_loss"] = loss
+            if self.output.has_perplexity:
+                result.metrics[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
+        return result
+
+
+class BackpropTrainer(TokenLossMixin, Trainer):
+    """The baseline: a stock Trainer with the same loss and the same evaluation as PCTrainer."""
