@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_pc.attention import AttentionNodes
 from hf_pc.config import PCConfig
+from hf_pc.energies import ENERGIES
 from hf_pc.node import Node
 from hf_pc.placement import resolve
 
@@ -26,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     nodes.add_argument("model", help="a folder or a Hub repository; only its configuration is read")
     nodes.add_argument("--nodes", default="block", help="preset or pattern, several separated by commas")
     nodes.add_argument("--energy", default="gaussian", help="energy of the nodes")
+    nodes.add_argument("--attention_energy", help="energy of attention logits, which are no nodes without it")
     strength = nodes.add_mutually_exclusive_group()
     for name in ("precision", "relative_std", "relaxed_fraction"):
         strength.add_argument(f"--{name}", type=float)
@@ -43,20 +46,28 @@ def _strength(config: PCConfig, node: Node) -> str:
     return f"steered to relaxed_fraction {config.relaxed_fraction:g}"
 
 
-def _shapes(model: Any, nodes: Sequence[Node]) -> dict[str, list[int]]:
-    """Shape per token of each node, from one forward pass over one sequence of two tokens."""
+def _shapes(model: Any, nodes: Sequence[Node], attention: AttentionNodes | None) -> dict[str, list[int]]:
+    """Shape per token of each node, from one forward pass over one sequence of two tokens; of logits, per query."""
     shapes: dict[str, list[int]] = {}
 
     def note(node: Node, mu: Tensor) -> None:
+        if node.name.endswith(".logits") and mu.dim() == 4:
+            shapes[node.name] = list(mu.shape[1:2])  # heads: the keys are as many as the sequence has
+            return
         shapes[node.name] = list(mu.shape[1 if len(mu) == 2 and mu.dim() == 2 else 2 :])
 
     handles = [node.attach(note) for node in nodes]
+    if attention:
+        attention.attach(note)
     try:
         with torch.no_grad():
             model.eval()(**_example(model))
     finally:
         for handle in handles:
             handle.remove()
+        if attention:
+            attention.detach()
+            attention.check()
     return shapes
 
 
@@ -81,7 +92,7 @@ def list_nodes(args: argparse.Namespace) -> list[dict[str, Any]]:
     import transformers
 
     strengths = {name: getattr(args, name) for name in ("precision", "relative_std", "relaxed_fraction")}
-    config = PCConfig(nodes=args.nodes, energy=args.energy, **strengths)
+    config = PCConfig(nodes=args.nodes, energy=args.energy, attention_energy=args.attention_energy, **strengths)
     auto_class = getattr(transformers, args.auto_class, None)
     if not args.auto_class.startswith("AutoModel") or auto_class is None:
         raise ValueError(f"--auto_class {args.auto_class!r} is no AutoModel class of transformers")
@@ -89,13 +100,15 @@ def list_nodes(args: argparse.Namespace) -> list[dict[str, Any]]:
     with torch.device("meta"):  # shapes alone: nothing is allocated
         model = auto_class.from_config(model_config, trust_remote_code=args.trust_remote_code)
     nodes = resolve(model, config)
-    shapes = _shapes(model, nodes)
+    attention = AttentionNodes(model, config.attention_energy) if config.attention_energy else None
+    shapes = _shapes(model, nodes, attention)
+    nodes += attention.nodes.values() if attention else []
     return [
         {
             "name": node.name,
             "module": type(node.module).__name__,
             "shape": shapes.get(node.name),
-            "energy": type(node.energy).__name__.removesuffix("Energy").lower(),
+            "energy": ENERGIES.name_of(type(node.energy)),
             "precision": _strength(config, node),
         }
         for node in nodes

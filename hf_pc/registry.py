@@ -37,6 +37,13 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         return sorted(self._entries)
 
+    def name_of(self, entry: T) -> str:
+        """The name that an entry is registered under. Raises ValueError if it is not."""
+        for name, known in self._entries.items():
+            if known is entry:
+                return name
+        raise ValueError(f"{entry!r} is no registered {self.kind}")
+
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from test_invariants import make
+from transformers import T5Config, ViTConfig
 
 from hf_pc.cli import main
 
@@ -38,3 +39,19 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         error = capsys.readouterr().err
         assert error.startswith("hf-pc: ")
         assert error.count("\n") == 1
+
+
+def test_nodes_of_any_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Encoder-decoders, image models and attention logits are listed too."""
+    t5 = T5Config(vocab_size=50, d_model=32, d_ff=64, d_kv=16, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    vit = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32)
+    for config, kind, count in ((t5, "AutoModelForSeq2SeqLM", 4), (vit, "AutoModelForImageClassification", 2)):
+        config.save_pretrained(tmp_path / kind)
+        assert main(["nodes", str(tmp_path / kind), "--auto_class", kind, "--json"]) == 0
+        assert len(json.loads(capsys.readouterr().out)) == count
+    kind = "AutoModelForSeq2SeqLM"
+    flags = ["--auto_class", kind, "--attention_energy", "categorical", "--json"]
+    assert main(["nodes", str(tmp_path / kind), *flags]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert len(rows) == 4 + 6  # self-attention of four blocks, cross-attention of two
+    assert rows["decoder.block.1.layer.1.EncDecAttention.logits"]["energy"] == "categorical"
