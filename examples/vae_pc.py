@@ -1,4 +1,4 @@
-"""A variational autoencoder on digits, learned by backprop, by Gaussian PC and by PC with learned variances.
+"""A variational autoencoder on digits, learned by backprop, and by PC with Gaussian and with Laplace energies.
 
     python examples/vae_pc.py --seeds 3
 
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     methods = {
         "backprop": None,
         "PC, Gaussian": PCConfig(energy="gaussian", **common),
-        "PC, learned variance": PCConfig(energy="learned_variance", **common),
+        "PC, Laplace": PCConfig(energy="laplace", **common),
     }
     found = {
         name: over_seeds(

@@ -77,7 +77,8 @@ class AttentionNodes:
     def join(self, module: nn.Module, logits: Tensor) -> Tensor:
         name = f"{self._names[module]}.logits"
         if name not in self.nodes:
-            self.nodes[name] = Node(name, module, ENERGIES[self.energy]())
+            # logits are nats whatever their energy; a scale taken over keys would depend on padding and on the future
+            self.nodes[name] = Node(name, module, ENERGIES[self.energy](), in_nats=True)
             self.nodes[name].energy.load_state_dict(self.states.get(name, {}))
         state = self._visit(self.nodes[name], logits)
         return logits if state is None else state

@@ -211,16 +211,32 @@ class PCConfig:
             raise ValueError(f"PCConfig.learning={self.learning!r} is unknown; allowed: {', '.join(map(repr, RULES))}")
         if self.learning != "plain" and not solver.takes_phases:
             raise ValueError(f"PCConfig.learning={self.learning!r} needs solver='error', not {self.solver!r}")
+        if self.learning != "plain" and self.step_size != "auto":
+            raise ValueError(
+                f"PCConfig.learning={self.learning!r} needs step_size='auto', not {self.step_size!r}: phases relaxed "
+                "by unequal amounts do not cancel"
+            )
+        if self.attention_energy == "learned_variance":
+            raise ValueError("PCConfig.attention_energy='learned_variance' is not allowed: the keys of a sequence are "
+                             "as many as its tokens, so no variance can be learned for each")  # fmt: skip
+        if self.energy == "learned_variance" and self.relaxed_fraction is not None:
+            raise ValueError(
+                "PCConfig.energy='learned_variance' needs precision or relative_std: a steered relaxed_fraction would "
+                "take back what the variances learn, until all are at their floor"
+            )
         if update not in WEIGHT_UPDATES:
             raise ValueError(f"PCConfig.weight_update={update!r} is unknown; allowed: {WEIGHT_UPDATES}")
         if update == "every_sweep" and not solver.moves_weights:
-            raise ValueError(f"PCConfig.weight_update={update!r} needs solver='state', not {self.solver!r}")
+            raise ValueError(
+                f"PCConfig.weight_update={update!r} needs solver='state' or 'lagrangian', not {self.solver!r}"
+            )
         if name is None:
             return
         import torch
 
-        if not isinstance(getattr(torch.optim, str(name), None), type) or name in ("Optimizer", "LBFGS"):
-            raise ValueError(f"PCConfig.state_optimizer={name!r} is no class of torch.optim, such as 'SGD' or 'Adam'")
+        unfit = ("Optimizer", "LBFGS", "SparseAdam", "Muon")  # for dense tensors of any shape, one step a gradient
+        if not isinstance(getattr(torch.optim, str(name), None), type) or name in unfit:
+            raise ValueError(f"PCConfig.state_optimizer={name!r} is no class of torch.optim, such as 'SGD'")
         if not solver.takes_optimizer:
             raise ValueError(f"PCConfig.state_optimizer={name!r} needs solver='state', not {self.solver!r}")
         if self.step_size == "auto":

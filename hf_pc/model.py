@@ -1,7 +1,8 @@
 """`PCModel`: attaches PC nodes to a Hugging Face model, relaxes batches, saves and loads.
 
 The wrapper holds the model and is no nn.Module itself: class, configuration, parameters and checkpoints stay those
-of transformers, and a detached or merely evaluated model computes bit for bit what it did before.
+of transformers, and a detached or merely evaluated model computes bit for bit what it did before. (While attention
+logits are nodes it computes them by eager attention, whose rounding may differ.)
 """
 
 from __future__ import annotations
@@ -125,7 +126,9 @@ class PCModel:
             raise ValueError(f"none of the nodes ran in a pass over {type(self.model).__name__}: {names}")
         draws = any(phase.own_labels for phase in self.phases) and not self.relaxation.phase.own_labels
         if draws and self.relaxation.at_rest:
-            self._own_labels = self.output.draw(outputs["logits"].detach(), labels)
+            with torch.random.fork_rng():
+                torch.manual_seed(self._draw_seed)
+                self._own_labels = self.output.draw(outputs["logits"].detach(), labels)
         energy = self.relaxation.phase.strength * self.output.total(outputs, labels)
         self.relaxation.note_output(energy)
         return outputs, energy
@@ -165,6 +168,9 @@ class PCModel:
         fixed, before = self.config.precision, self._before
         self.relaxation = Relaxation(len(labels), count, fixed, self.relative_std, self.solver.join, phase, before)
         self.relaxation.weights = [p for p in self.model.parameters() if p.requires_grad]
+        if any(phase.own_labels for phase in self.phases) and first:
+            # taken before the generator is noted: what is restored in every pass would give every step the same draw
+            self._draw_seed = int(torch.randint(2**62, ())) + _rank()
         if first:  # the phases of a step see the same dropout masks
             self._dropout_state = RandomState(p.device for p in self.model.parameters())
         self._random = self._dropout_state
@@ -345,7 +351,8 @@ class PCModel:
 
     def state_dict(self) -> dict[str, Any]:
         """What steering and the energies have learned, for an exact resume; ready for JSON."""
-        energies = {node.name: state for node in self.nodes if (state := node.energy.state_dict())}
+        energies = dict(self._attention.states) if self._attention else {}
+        energies |= {node.name: state for node in self.nodes if (state := node.energy.state_dict())}
         return {"relative_std": self.relative_std} | ({"energies": energies} if energies else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -353,10 +360,10 @@ class PCModel:
         check_state(state)
         self.steering.relative_std = float(state["relative_std"])
         energies = state.get("energies", {})
-        for node in self._module_nodes:
+        for node in self.nodes:
             node.energy.load_state_dict(energies.get(node.name, {}))
         if self._attention:
-            self._attention.states = energies
+            self._attention.states = {name: value for name, value in energies.items() if name.endswith(".logits")}
 
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write the model as transformers does, and `pc_config.json` and `pc_state.json` beside it."""
@@ -419,6 +426,11 @@ def _remove(handles: list[Any], modules: list[nn.Module], attention: AttentionNo
         _ATTACHED.discard(module)
     if attention:
         attention.detach()
+
+
+def _rank() -> int:
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if several else 0
 
 
 def _everywhere(stands: bool, device: torch.device, *, bare: bool) -> bool:

@@ -38,11 +38,19 @@ class Node:
         energy: the divergence between the node's state and its prediction.
         precision: 1 / sigma^2 for this node alone; None leaves it to the configuration.
         step_factor: how large this node's steps are beside those of the others.
+        in_nats: relative_std counts in nats, 1 / sqrt(precision), and not in the activity of each token.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, energy: Energy, precision: float | None = None, step_factor: float = 1.0
+        self,
+        name: str,
+        module: nn.Module,
+        energy: Energy,
+        precision: float | None = None,
+        step_factor: float = 1.0,
+        in_nats: bool = False,
     ) -> None:
+        self.in_nats = in_nats
         self.name = name
         self.module = module
         self.energy = energy
@@ -94,6 +102,9 @@ class Site:
         self.multiplier: Tensor
         node.energy.check(mu, node.name)
         fixed = node.precision if node.precision is not None else precision
+        if fixed is None and node.in_nats:
+            assert relative_std is not None
+            fixed = relative_std**-2
         if fixed is not None:
             self.precision = torch.full((), fixed, dtype=self.error.dtype, device=mu.device)
         else:

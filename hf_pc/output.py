@@ -148,7 +148,7 @@ class CategoricalOutput(Output):
         return nats.view(len(logits), -1).sum(1)
 
     def sample(self, scores: Tensor) -> Tensor:
-        return scores.softmax(-1).flatten(0, -2).multinomial(1)
+        return scores.softmax(-1).nan_to_num(1.0).flatten(0, -2).multinomial(1)  # a guard reports what is not finite
 
 
 class _DenseOutput(Output):
@@ -178,6 +178,12 @@ class _DenseOutput(Output):
 @register_output("gaussian")
 class GaussianOutput(_DenseOutput):
     """Half the squared error: -log N(label | logit, 1) without its constant (arXiv 2211.03481, eq. 3)."""
+
+    def convert(self, labels: Tensor) -> Tensor:
+        labels = super().convert(labels)
+        if not bool(labels.isfinite().all()):
+            raise ValueError("labels that are not finite are not allowed: a Gaussian output needs numbers")
+        return labels
 
     def nats(self, scores: Tensor, labels: Tensor) -> Tensor:
         return 0.5 * (scores - labels).square()

@@ -29,6 +29,15 @@ class Steering:
         """Note the measurements of a learned batch."""
         add_sums(self._seen, {name: sums[name] for name in ("change", "reference")})
 
+    def pause(self) -> dict[str, Tensor]:
+        """What was noted since the last step, to give back to `resume`: what comes in between does not count."""
+        seen, self._seen = self._seen, {}
+        return seen
+
+    def resume(self, seen: dict[str, Tensor]) -> None:
+        """The inverse of `pause`."""
+        self._seen = seen
+
     def step(self, reduce: Callable[[Tensor], Tensor], *, steers: bool) -> None:
         """Move relative_std by what was noted since the last step.
 

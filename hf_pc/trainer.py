@@ -117,6 +117,8 @@ class PCTrainerMixin(TokenLossMixin):
         backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
         if backend.lower() != "no":
             raise ValueError(f"--dynamo_backend {backend} is not supported: a compiled model skips the hooks of nodes")
+        if self.pc_config.weight_update == "every_sweep" and getattr(args, "curvature_steps", None):
+            raise ValueError(f"curvature_steps={args.curvature_steps} cannot be had with weight_update='every_sweep'")
         if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
             raise ValueError("DeepSpeed is not supported: it owns the backward pass")
         if args.torch_compile:

@@ -146,3 +146,17 @@ def test_unsupported_architectures_are_named(name: str) -> None:
         model = GPTJForCausalLM(GPTJConfig(vocab_size=50, n_embd=32, n_layer=2, n_head=2, rotary_dim=4))
     with pytest.raises(ValueError, match=type(model).__name__):
         PCModel(model, PCConfig(attention_energy="categorical")).relax(**batch())
+
+
+@pytest.mark.parametrize("energy", ["categorical", "gaussian", "laplace"])
+def test_padding_changes_nothing(energy: str) -> None:
+    """Keys that are padding, and the future, take no part in the strength of a node on attention logits."""
+    inputs = {name: values[:1] for name, values in batch().items()}
+    padded = {name: torch.nn.functional.pad(values, (0, 5), value=-100 if name == "labels" else 0)
+              for name, values in inputs.items()}  # fmt: skip
+    found = []
+    for given in (inputs, padded):
+        model = make("gpt2").double()
+        PCModel(model, PCConfig(attention_energy=energy, relative_std=2.0, sweeps=6)).accumulate_grad(**given)
+        found.append(gradients(model))
+    assert worst(found[0], found[1]) < 1e-6

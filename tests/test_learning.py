@@ -40,8 +40,9 @@ def test_order_of_the_bias(learning: str) -> None:
 def test_one_sweep_is_backprop(learning: str, name: str) -> None:
     """At T = 1 every rule leaves backprop's gradient, dropout included: its phases share their masks."""
     found = []
+    dropout = 0.0 if learning == "wake_sleep" else 0.1  # drawing labels moves the generator that masks come from
     for rule in ("plain", learning):
-        model = make(name, dropout=0.1)
+        model = make(name, dropout=dropout)
         torch.manual_seed(3)
         PCModel(model, PCConfig(sweeps=1, learning=rule)).accumulate_grad(**batch())
         found.append(gradients(model))
@@ -114,3 +115,24 @@ def test_rules_need_the_error_solver() -> None:
         PCConfig(learning="centred", solver="state")
     with pytest.raises(ValueError, match="learning='sharp' is unknown"):
         PCConfig(learning="sharp")  # type: ignore[arg-type]
+
+
+def test_own_labels_differ_from_step_to_step() -> None:
+    """Every step draws labels anew, dropout or not, and the same after the same seed."""
+    found: list[Any] = []
+    for _ in range(2):
+        pc = PCModel(make("gpt2"), PCConfig(learning="wake_sleep", relative_std=0.3))
+        torch.manual_seed(5)
+        for _ in range(2):
+            pc.accumulate_grad(**batch())
+            found.append(pc._own_labels)
+        pc.detach()
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+
+
+def test_phases_need_the_automatic_step() -> None:
+    """With a fixed step the phases relax by unequal amounts, and their even orders would not cancel: an error."""
+    with pytest.raises(ValueError, match=r"needs step_size='auto', not 0\.5"):
+        PCConfig(learning="centred", step_size=0.5)

@@ -152,7 +152,7 @@ def test_sequences_without_labels_are_left_out_of_the_residual() -> None:
 
 def test_saving_keeps_what_steering_learned(tmp_path: Path) -> None:
     """relative_std comes back with the checkpoint, learned variances too."""
-    pc = PCModel(make("gpt2"), PCConfig(energy="learned_variance", relaxed_fraction=0.1))
+    pc = PCModel(make("gpt2"), PCConfig(energy="learned_variance", relative_std=0.3))
     for _ in range(3):
         pc.accumulate_grad(**batch())
         pc.steer()

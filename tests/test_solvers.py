@@ -183,3 +183,15 @@ def test_state_and_error_agree_on_a_transformer() -> None:
         found.append((report.free_energy, gradients(model)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
     assert worst(found[0][1], found[1][1]) < 1e-3
+
+
+@pytest.mark.parametrize("nodes", ["h.0.mlp", "transformer.h.0"])
+@pytest.mark.parametrize("sweeps", [2, 4])
+def test_nodes_that_share_a_graph_with_the_head(nodes: str, sweeps: int) -> None:
+    """A node inside a block leaves part of its graph to what is above: the solver takes one backward pass."""
+    for attention in (None, "categorical"):
+        model = make("gpt2")
+        config = PCConfig(nodes=nodes, attention_energy=attention, solver="state", sweeps=sweeps, relative_std=0.3)
+        pc = PCModel(model, config)
+        assert pc.accumulate_grad(**batch()).free_energy > 0
+        pc.detach()

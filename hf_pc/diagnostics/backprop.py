@@ -33,10 +33,12 @@ def compare_with_backprop(
         fill()
         return [torch.zeros_like(p) if p.grad is None else p.grad for _, p in named]
 
+    seen = pc.steering.pause()
     try:
         learned = gradients(lambda: pc.accumulate_grad(**inputs))
         true = gradients(lambda: pc.backprop_loss(inputs).backward())  # type: ignore[no-untyped-call]
     finally:
+        pc.steering.resume(seen)
         for (_, p), grad in zip(named, held, strict=True):
             p.grad = grad
     sums: dict[str, Tensor] = {}

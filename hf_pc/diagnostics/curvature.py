@@ -27,7 +27,13 @@ def largest_curvature(pc: PCModel, inputs: Mapping[str, Any], iterations: int = 
         inputs: a batch with labels.
         step: of the differences, as a share of the length of the errors.
     """
-    with torch.enable_grad(), pc.relaxed(inputs) as relaxation:
+    if pc.config.weight_update != "final":
+        raise ValueError(
+            f"weight_update={pc.config.weight_update!r} moves weights while it relaxes: nothing to probe at"
+        )
+    with torch.enable_grad(), torch.random.fork_rng(), pc.relaxed(inputs) as relaxation:
+        if not relaxation.sites:  # at T = 1 nothing has run yet
+            pc.free_energy_gradients(inputs)
         sites = relaxation.sites
         at = [site.leaf.detach() for site in sites]
         roots = [site.precision.sqrt() for site in sites]

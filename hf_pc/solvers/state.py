@@ -62,8 +62,9 @@ class StateSolver(Solver):
 
     def __init__(self, config: PCConfig) -> None:
         super().__init__(config)
-        #: differentiate each piece as soon as it has run; unlearned where pieces share a part of the graph
-        self.piecewise = True
+        #: differentiate each piece as soon as it has run: blocks cut the graph, parts of a block do not; unlearned
+        #: where blocks turn out to share a part of it
+        self.piecewise = config.nodes == "block" and config.attention_energy is None
 
     # what a node's energy says; PC-ALM adds its multipliers here
 
