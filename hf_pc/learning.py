@@ -44,9 +44,10 @@ class Phase:
         return self.strength * self.weight
 
 
+PLAIN = Phase()
 #: the phases of each rule; the first is the one that is reported
 RULES: dict[str, tuple[Phase, ...]] = {
-    "plain": (Phase(),),
+    "plain": (PLAIN,),
     "centred": (Phase(1.0, 0.5), Phase(-1.0, -0.5, start=-1.0)),
     "extrapolated": (
         Phase(1.0, -1 / 6),

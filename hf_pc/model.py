@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from hf_pc.attention import AttentionNodes
 from hf_pc.config import PCConfig, read_json
-from hf_pc.learning import RULES, Phase
+from hf_pc.learning import PLAIN, RULES, Phase
 from hf_pc.node import LEARN, RELAX, Node
 from hf_pc.output import Output, auxiliary_loss
 from hf_pc.placement import resolve
-from hf_pc.relaxation import EVERY_PHASE, PLAIN, Relaxation, add_sums, summary
+from hf_pc.relaxation import EVERY_PHASE, Relaxation, add_sums, summary
 from hf_pc.report import RelaxationOutput
 from hf_pc.rng import RandomState
 from hf_pc.solvers import SOLVERS

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from hf_pc.energies import wide
-from hf_pc.learning import Phase
+from hf_pc.learning import PLAIN, Phase
 from hf_pc.node import RELAX, LossScale, Node, Site
 
 OUTPUT_LABEL = "output"
-PLAIN = Phase()
 #: what every phase adds to; the rest is reported of the first phase alone
 EVERY_PHASE = ("sweeps", "tried", "refused", "residual", "sequences")
 

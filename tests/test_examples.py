@@ -13,6 +13,7 @@ sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
 import equilibrium  # noqa: E402
 import paper_transformer  # noqa: E402
 import run_seq2seq_pc  # noqa: E402
+import step_cost  # noqa: E402
 import toy_pc  # noqa: E402
 import vae_pc  # noqa: E402
 
@@ -131,3 +132,15 @@ def test_equilibrium(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert all(line["step_time_ratio"] > 1 and line["residual"] > 0 for line in found[1:])
     with pytest.raises(ValueError, match="there is no such file"):
         equilibrium.main(["--train_file", str(tmp_path / "none.txt")])
+
+
+@pytest.mark.parametrize("solver", ["error", "state"])
+def test_step_cost(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], solver: str) -> None:
+    """One JSON line per T with time over backprop's, its limit, memory and the regime."""
+    size = ["--layers", "2", "--hidden", "16", "--sequence", "8", "--batch", "2", "--vocab", "50", "--runs", "2"]
+    monkeypatch.setattr("sys.argv", ["step_cost.py", *size, "--sweeps", "1", "3", "--solver", solver])
+    step_cost.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["sweeps"] for line in lines] == [1, 3]
+    assert all(line["time_ratio"] > 0 and line["memory_ratio"] > 0 for line in lines)
+    assert [line["limit"] for line in lines] == [1.0, 2.333]
