@@ -23,3 +23,4 @@ run.train()
 loss = run.evaluate()["eval_loss"]
 refused = max(entry.get("refused", 0.0) for entry in run.state.log_history)
 torch.save({"weights": weights(run), "loss": loss, "refused": refused}, folder / f"{os.environ.get('RANK', '0')}.pt")
+run.accelerator.end_training()  # a process group left to the interpreter's exit may abort it

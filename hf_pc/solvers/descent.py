@@ -3,8 +3,9 @@
 Works on the leaves of the sites, whatever the coordinates: each sequence keeps the best leaves it has met, shrinks
 its rate where a move was refused, and starts the next one from the best again.
 
-Moves are Anderson-accelerated (Walker and Ni 2011, type II): of the last few moves that stood, those combinations are
-taken back whose directions would cancel the present one. A sequence that was just refused moves plainly.
+Moves are Anderson-accelerated (Walker and Ni 2011, type II) with a memory of one: so much of the last move is taken
+back as makes its change of direction cancel the present direction best. A sequence that was just refused moves
+plainly. Two remembered moves converged no further within five sweeps and cost twice the time.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from hf_pc.node import Site
 from hf_pc.relaxation import Relaxation
 
 GROW, SHRINK = 1.3, 0.4
-#: moves that acceleration looks back on, and the share of their squares that keeps their equations solvable
-DEPTH, RIDGE = 2, 1e-6
 
 #: relative rise of F that is rounding of the forward pass, not a rise
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 5e-4}
@@ -39,7 +38,6 @@ class Descent:
         self.rounding = ROUNDING[_compute_dtype(relaxation)]
         self.best: list[Tensor] = []
         self.direction: list[Tensor] = []
-        self.past: list[tuple[list[Tensor], list[Tensor]]] = []  # differences of best and of direction, newest last
         self.free_energy: Tensor | None = None
         self.residual: Tensor
         self.rate: Tensor
@@ -59,66 +57,52 @@ class Descent:
         self.free_energy = torch.where(stands, now, self.free_energy)
         return stands
 
-    def accept(self, stands: Tensor, gradients: list[Tensor]) -> None:
-        """Keep what the sweep reached where it stands, and adapt the rates."""
-        sites, batch = self.relaxation.sites, self.relaxation.batch
+    def move(self, stands: Tensor, gradients: list[Tensor]) -> None:
+        """Keep what the sweep reached where it stands, and put the next leaves into the sites."""
+        sites = self.relaxation.sites
         directions = [-site.step(gradient) for site, gradient in zip(sites, gradients, strict=True)]
         leaves = [site.leaf.detach() for site in sites]
         residual = self.relaxation.residual().to(stands.device)
         if not self.best:
-            self.best, self.direction, self.residual = leaves, directions, residual
+            self.residual, back = residual, None
         else:
-            before = self.best, self.direction
-            if bool(stands.all()):
-                self.best, self.direction = leaves, directions
-            else:
-                columns = [_per_sequence(stands, site, batch) for site in sites]
-                self.best = [torch.where(c, n, b) for c, n, b in zip(columns, leaves, self.best, strict=True)]
-                self.direction = [
-                    torch.where(c, n, b) for c, n, b in zip(columns, directions, self.direction, strict=True)
-                ]
-            moved = [new - old for new, old in zip(self.best, before[0], strict=True)]
-            turned = [new - old for new, old in zip(self.direction, before[1], strict=True)]
-            self.past = [*self.past, (moved, turned)][-DEPTH:]
             self.residual = torch.where(stands, residual, self.residual)
             self.rate = torch.where(stands, (self.rate * GROW).clamp(max=1.0), self.rate * SHRINK)
+            if not bool(stands.all()):
+                leaves = self._mix(stands, leaves, self.best)
+                directions = self._mix(stands, directions, self.direction)
+            back = self._share(directions)
+        rate = torch.where(self.converged(), torch.zeros_like(self.rate), self.rate)  # a converged sequence stays
+        full = bool((rate == 1).all())
+        for i, site in enumerate(sites):
+            step = directions[i]
+            if back is not None:
+                taken = self._column(back, site)
+                step = torch.addcmul(step, taken, (self.best[i] - leaves[i]).add_(self.direction[i]).sub_(step))
+            site.leaf = (leaves[i] + (step if full else step * self._column(rate, site))).requires_grad_()
+        self.best, self.direction = leaves, directions
 
     def converged(self) -> Tensor:
         return self.residual < self.tolerance
 
-    def propose(self) -> None:
-        """Put the next leaves into the sites: best + rate * accelerated direction; a converged sequence stays."""
-        rate = torch.where(self.converged(), torch.zeros_like(self.rate), self.rate)
-        full = bool((rate == 1).all())
-        back = self._combination()
-        for i, (site, best, direction) in enumerate(
-            zip(self.relaxation.sites, self.best, self.direction, strict=True)
-        ):
-            for share, (moved, turned) in zip(back, self.past, strict=True):
-                column = _per_sequence(share, site, self.relaxation.batch).to(direction.dtype)
-                direction = direction - column * (moved[i] + turned[i])
-            if not full:
-                direction = direction * _per_sequence(rate, site, self.relaxation.batch).to(direction.dtype)
-            site.leaf = (best + direction).requires_grad_()
+    def _column(self, values: Tensor, site: Site) -> Tensor:
+        return _per_sequence(values, site, self.relaxation.batch)
 
-    def _combination(self) -> list[Tensor]:
-        """Of each past move, the share to take back, [batch]: least squares of the direction on its differences."""
-        if not self.past:
-            return []
-        rows = [turned for _, turned in self.past] + [self.direction]
+    def _mix(self, stands: Tensor, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
+        sites = self.relaxation.sites
+        return [torch.where(self._column(stands, s), n, o) for s, n, o in zip(sites, new, old, strict=True)]
+
+    def _share(self, directions: list[Tensor]) -> Tensor:
+        """Of the last move, the share to take back, [batch]: least squares in units of the precisions."""
         sites, batch = self.relaxation.sites, self.relaxation.batch
-        size = len(rows)
-        products = torch.zeros(batch, size, size, dtype=torch.float64, device=self.rate.device)
-        for i, site in enumerate(sites):
-            weighted = [(row[i] * site.precision.sqrt()).reshape(batch, -1) for row in rows]
-            stacked = torch.stack(weighted, 1)
-            products += (stacked @ stacked.transpose(1, 2)).to(products)
-        gram, right = products[:, :-1, :-1], products[:, :-1, -1]
-        ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(torch.float64).tiny)
-        eye = torch.eye(size - 1, dtype=torch.float64, device=gram.device)
-        shares = torch.linalg.solve(gram + ridge[:, None, None] * eye, right)
-        plain = (self.rate < 1) | ~shares.isfinite().all(1)
-        return list(torch.where(plain[:, None], 0.0, shares).unbind(1))
+        products = torch.zeros(2, batch, dtype=torch.float64, device=self.rate.device)
+        for site, new, old in zip(sites, directions, self.direction, strict=True):
+            turned = new - old
+            weighted = turned * site.precision
+            square = torch.linalg.vecdot(weighted, turned), torch.linalg.vecdot(weighted, new)
+            products += torch.stack([site.per_sequence(value, batch) for value in square]).to(products)
+        share = products[1] / products[0]
+        return torch.where((self.rate < 1) | ~share.isfinite(), 0.0, share)
 
     def confirm(self) -> bool:
         """Whether the last pass stands for every sequence; if not, the leaves are the best ones again."""
@@ -130,9 +114,9 @@ class Descent:
 
     def _restore(self, stands: Tensor) -> None:
         """Put the best leaves back into the sites of the sequences whose last pass does not stand."""
-        for site, best in zip(self.relaxation.sites, self.best, strict=True):
-            keep = _per_sequence(stands, site, self.relaxation.batch)
-            site.leaf = torch.where(keep, site.leaf.detach(), best).requires_grad_()
+        leaves = self._mix(stands, [site.leaf.detach() for site in self.relaxation.sites], self.best)
+        for site, leaf in zip(self.relaxation.sites, leaves, strict=True):
+            site.leaf = leaf.requires_grad_()
 
 
 def _compute_dtype(relaxation: Relaxation) -> torch.dtype:

@@ -40,8 +40,7 @@ class ErrorSolver(Solver):
             energy = forward()
             descent = descent or Descent(relaxation, self.tolerance)
             stands = descent.judge()
-            descent.accept(stands, self.gradients(relaxation, energy))
-            descent.propose()
+            descent.move(stands, self.gradients(relaxation, energy))
             if bool(descent.converged().all()):
                 break
         return lambda: descent is None or descent.confirm()

@@ -184,8 +184,7 @@ class _Descending(_Mover):
 
     def move(self, gradients: list[Tensor]) -> None:
         self.descent = self.descent or Descent(self.relaxation, self.tolerance, FIRST_RATE)
-        self.descent.accept(self.descent.judge(), gradients)
-        self.descent.propose()
+        self.descent.move(self.descent.judge(), gradients)
 
     def confirm(self) -> bool:
         return self.descent is None or self.descent.confirm()
