@@ -24,10 +24,11 @@ from hf_pc.attention import AttentionNodes
 from hf_pc.config import PCConfig, read_json
 from hf_pc.learning import PLAIN, RULES, Phase
 from hf_pc.node import LEARN, RELAX, Node
-from hf_pc.output import Output, auxiliary_loss
+from hf_pc.output import Output, auxiliary_loss, routes
 from hf_pc.placement import resolve
 from hf_pc.relaxation import EVERY_PHASE, Relaxation, add_sums, summary
 from hf_pc.report import RelaxationOutput
+from hf_pc.reuse import FirstPrediction
 from hf_pc.rng import RandomState
 from hf_pc.solvers import SOLVERS
 from hf_pc.steering import Steering, check_state
@@ -61,6 +62,8 @@ class PCModel:
         self.phases: tuple[Phase, ...] = RULES[self.config.learning]
         self.relaxation: Relaxation | None = None
         self._before: Relaxation | None = None
+        self._first_prediction = FirstPrediction()
+        self._first_module: nn.Module | None = None  # of the first node that fires, once known
         self._own_labels: Tensor | None = None
         self._random: RandomState | None = None
         self._confirm: Callable[[], bool] | None = None
@@ -109,6 +112,7 @@ class PCModel:
         assert self._random is not None
         assert self.relaxation is not None
         self._random.restore()
+        self._first_prediction.begin_pass()
         if self.config.dropout == "off":  # again in every pass: a Trainer calls train() in between
             self.model.eval()
         try:
@@ -118,12 +122,15 @@ class PCModel:
                 raise
             self.relaxation.again()
             self._random.restore()
+            self._first_prediction.begin_pass()
             outputs = forward(**batch)
         if self._attention:
             self._attention.check()
         if not self.relaxation.sites:
             names = ", ".join(repr(node.name) for node in self._module_nodes)
             raise ValueError(f"none of the nodes ran in a pass over {type(self.model).__name__}: {names}")
+        first = self.relaxation.sites[0].node
+        self._first_module = first.module if first in self._module_nodes else None
         draws = any(phase.own_labels for phase in self.phases) and not self.relaxation.phase.own_labels
         if draws and self.relaxation.at_rest:
             with torch.random.fork_rng():
@@ -163,6 +170,7 @@ class PCModel:
         first = phase is self.phases[0] or phase is PLAIN
         if first:
             self._before = None
+            self._first_prediction.forget()
         batch, labels = self._split(inputs, phase)
         count = labels.ne(-100).sum()
         fixed, before = self.config.precision, self._before
@@ -176,7 +184,7 @@ class PCModel:
         self._random = self._dropout_state
         try:
             with self._dropout():
-                with nullcontext() if weight_step else self._frozen():
+                with nullcontext() if weight_step else self._relaxing():
                     self._confirm = self.solver.relax(
                         self.relaxation, lambda: self._pass(self.model, batch, labels)[1], weight_step
                     )
@@ -185,6 +193,8 @@ class PCModel:
             self._before = self.relaxation if len(self.phases) > 1 else None
             self.relaxation = self._random = self._confirm = None
             self._states = {}
+            if phase is self.phases[-1] or phase is PLAIN:
+                self._first_prediction.forget()
 
     def learning_pass(
         self, inputs: Mapping[str, Any], forward: Callable[..., Any] | None = None, mode: str = LEARN
@@ -201,10 +211,11 @@ class PCModel:
             raise RuntimeError("learning_pass belongs inside `with pc.relaxed(inputs)`")
         batch, labels = self._split(inputs, self.relaxation.phase)
         forward = forward or self.model
-        self.relaxation.bare = forward is self.model
+        bare = forward is self.model
+        self.relaxation.pieces = bare and not routes(self.model, batch)
         self.relaxation.begin(mode)
         outputs, energy = self._pass(forward, batch, labels)
-        if not _everywhere(self._confirm(), energy.device, bare=self.relaxation.bare):
+        if not _everywhere(self._confirm(), energy.device, bare=bare):
             del outputs
             self.relaxation.begin(mode)
             outputs, energy = self._pass(forward, batch, labels)
@@ -238,6 +249,13 @@ class PCModel:
         if batch.get("return_dict") is False or not getattr(config, "return_dict", True):
             batch["return_dict"] = True
         return batch, labels
+
+    @contextmanager
+    def _relaxing(self) -> Iterator[None]:
+        """Nothing but the errors moves."""
+        known = self._first_module
+        with self._frozen(), nullcontext() if known is None else self._first_prediction.of(known):
+            yield
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:

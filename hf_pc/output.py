@@ -219,3 +219,9 @@ def auxiliary_loss(model: nn.Module, outputs: Any) -> Tensor | float:
     loss = outputs.get("aux_loss")
     config = getattr(base_model(model), "config", None)
     return 0.0 if loss is None else loss * getattr(config, "router_aux_loss_coef", 0.0)
+
+
+def routes(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether a pass over these inputs has a router loss, which reaches into every block."""
+    config = getattr(base_model(model), "config", None)
+    return bool(inputs.get("output_router_logits", getattr(config, "output_router_logits", False)))

@@ -55,7 +55,7 @@ class Relaxation:
         self._of_node: dict[str, list[Site]] = {}
         self._visits: dict[str, int] = {}
         self.mode = RELAX
-        self.bare = True  # whether the pass calls the model itself, not a distributed wrapper of it
+        self.pieces = True  # whether pieces of the graph may be differentiated one by one, before `backward()`
         self.weights: list[Tensor] = []  # what may learn
         self._held: dict[Tensor, Tensor] = {}
         self.step_size = 1.0

@@ -6,8 +6,9 @@ So a signal travels one node a sweep, and a network of L nodes needs L + 1 sweep
 
 Because a state stops the gradient, what lies between two nodes can be differentiated as soon as it has run, and
 its graph is freed: activations of one block at a time. That holds where nodes cut the graph into separate pieces and
-the solver sees the whole model. Where it does not (pieces that share part of a graph, a distributed wrapper that
-counts on one backward pass), the same signals go down in one pass at the end, through `StateFunction`.
+the solver sees the whole model. Where it does not (pieces that share part of a graph, a router's loss over all
+blocks, a distributed wrapper that counts on one backward pass), the same signals go down in one pass at the end,
+through `StateFunction`.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class StateSolver(Solver):
             site.leaf = wide(mu.detach()).clone().requires_grad_()
         site.error = site.leaf.detach() - wide(mu.detach())
         site.signal = torch.zeros_like(site.error)
-        if not (self.piecewise and relaxation.bare):
+        if not (self.piecewise and relaxation.pieces):
             state: Tensor = StateFunction.apply(mu, site.leaf, site, relaxation, self)  # type: ignore[no-untyped-call]
             return state
         if mu.requires_grad and not relaxation.at_rest:

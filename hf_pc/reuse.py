@@ -1,0 +1,67 @@
+"""What no error can change is computed once per step.
+
+The first node's module sees the batch and no state, so in every relaxing sweep of a step it computes the same. The
+first sweep's output is kept and given again; the learning pass computes it anew, since its weights learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_pc.rng import RandomState
+
+
+class FirstPrediction:
+    """Runs the first node's module once per step and pass order; `forget` begins a step."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Any, RandomState] | None = None
+        self._ran = False
+
+    def forget(self) -> None:
+        self._kept = None
+
+    def begin_pass(self) -> None:
+        self._ran = False
+
+    @contextmanager
+    def of(self, module: nn.Module) -> Iterator[None]:
+        """Inside, a call whose output is known returns it, and leaves the generators where they would be."""
+        if getattr(module, "_compiled_call_impl", None) is not None:  # compiled with its hooks: not to be replaced
+            yield
+            return
+        compute, own = module.forward, module.__dict__.get("forward")
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            first, self._ran = not self._ran, True  # a shared module runs again in the pass, on states
+            if not first:
+                return compute(*args, **kwargs)
+            if self._kept is None:
+                output = compute(*args, **kwargs)
+                if _repeats(args, kwargs, output):
+                    self._kept = output, RandomState(p.device for p in module.parameters())
+                return output
+            output, random = self._kept
+            random.restore()
+            return output
+
+        module.forward = forward  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own  # type: ignore[method-assign]
+
+
+def _repeats(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+    """Whether a call can be answered from memory: it returned plain tensors, and had nothing to write to."""
+    given = [*args, *kwargs.values()]
+    parts = output if isinstance(output, tuple) else (output,)
+    mutable = any(not isinstance(value, (Tensor, tuple, bool, int, float, str, type(None))) for value in given)
+    return not mutable and all(part is None or (isinstance(part, Tensor) and not part.requires_grad) for part in parts)

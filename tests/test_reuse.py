@@ -1,0 +1,82 @@
+"""What no error can change is computed once per step, and nothing is different for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_invariants import batch, gradients, make
+from torch import Tensor, nn
+from transformers import AlbertConfig, AlbertForMaskedLM, MixtralConfig, MixtralForCausalLM, set_seed
+
+from hf_pc import PCConfig, PCModel
+from hf_pc.reuse import FirstPrediction
+
+
+def mixtral() -> Any:
+    set_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    rest = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "output_router_logits": True}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **rest)).train()
+
+
+def albert() -> Any:
+    set_seed(0)
+    sizes = {"vocab_size": 50, "embedding_size": 16, "hidden_size": 32, "intermediate_size": 32}
+    return AlbertForMaskedLM(AlbertConfig(**sizes, num_hidden_layers=3, num_attention_heads=2)).train()
+
+
+MODELS = {"gpt2": lambda: make("gpt2", dropout=0.1), "mixtral": mixtral, "albert": albert}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("setting", [{}, {"learning": "centred"}, {"nodes": "sublayer"}, {"solver": "state"}])
+def test_gradients_are_the_same_to_the_bit(
+    name: str, setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout, a router, shared layers, several phases: with and without reuse every gradient has the same bits."""
+    found = []
+    for reuse in (True, False):
+        if not reuse:
+            monkeypatch.setattr("hf_pc.reuse._repeats", lambda *given: False)
+        model = MODELS[name]()
+        pc = PCModel(model, PCConfig(sweeps=4, relative_std=0.5, **setting))
+        for _ in range(2):  # the first step finds out which node is first
+            pc.accumulate_grad(**batch())
+        found.append(gradients(model))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+@pytest.mark.parametrize(("learning", "runs"), [("plain", 2), ("centred", 3)])
+def test_the_first_block_runs_once_and_to_learn(learning: str, runs: int) -> None:
+    """In five sweeps the first block runs at rest and in each learning pass; nothing is kept after the step."""
+    model = make("gpt2")
+    pc = PCModel(model, PCConfig(sweeps=5, relative_std=0.5, learning=learning))
+    pc.accumulate_grad(**batch())
+    calls: list[int] = []
+    model.transformer.h[0].mlp.register_forward_hook(lambda *given: calls.append(0))
+    pc.accumulate_grad(**batch())
+    assert len(calls) == runs
+    assert pc._first_prediction._kept is None
+    assert "forward" not in vars(model.transformer.h[0])
+
+
+def test_a_module_that_may_write_to_its_arguments_runs_every_time() -> None:
+    """A call with a container to write to is not answered from memory."""
+
+    class Writes(nn.Module):
+        calls = 0
+
+        def forward(self, x: Tensor, cache: dict[str, Tensor] | None = None) -> Tensor:
+            self.calls += 1
+            return x
+
+    for given, calls in (({}, 1), ({"cache": {}}, 3)):
+        module, first = Writes(), FirstPrediction()
+        with first.of(module):
+            for _ in range(3):
+                first.begin_pass()
+                module(torch.ones(1), **given)
+        assert module.calls == calls
