@@ -12,7 +12,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,7 @@ class PCModel:
         self.phases: tuple[Phase, ...] = RULES[self.config.learning]
         self.relaxation: Relaxation | None = None
         self._before: Relaxation | None = None
-        self._first_prediction = FirstPrediction()
-        self._first_module: nn.Module | None = None  # of the first node that fires, once known
+        self._first_prediction = FirstPrediction(self._module_nodes[0].module)
         self._own_labels: Tensor | None = None
         self._random: RandomState | None = None
         self._confirm: Callable[[], bool] | None = None
@@ -130,7 +129,7 @@ class PCModel:
             names = ", ".join(repr(node.name) for node in self._module_nodes)
             raise ValueError(f"none of the nodes ran in a pass over {type(self.model).__name__}: {names}")
         first = self.relaxation.sites[0].node
-        self._first_module = first.module if first in self._module_nodes else None
+        self._first_prediction.found(first.module if first in self._module_nodes else None)
         draws = any(phase.own_labels for phase in self.phases) and not self.relaxation.phase.own_labels
         if draws and self.relaxation.at_rest:
             with torch.random.fork_rng():
@@ -184,7 +183,10 @@ class PCModel:
         self._random = self._dropout_state
         try:
             with self._dropout():
-                with nullcontext() if weight_step else self._relaxing():
+                with ExitStack() as relaxing:
+                    if weight_step is None:
+                        relaxing.enter_context(self._frozen())
+                        relaxing.enter_context(self._first_prediction.reused())
                     self._confirm = self.solver.relax(
                         self.relaxation, lambda: self._pass(self.model, batch, labels)[1], weight_step
                     )
@@ -249,13 +251,6 @@ class PCModel:
         if batch.get("return_dict") is False or not getattr(config, "return_dict", True):
             batch["return_dict"] = True
         return batch, labels
-
-    @contextmanager
-    def _relaxing(self) -> Iterator[None]:
-        """Nothing but the errors moves."""
-        known = self._first_module
-        with self._frozen(), nullcontext() if known is None else self._first_prediction.of(known):
-            yield
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:

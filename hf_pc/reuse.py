@@ -16,29 +16,42 @@ from hf_pc.rng import RandomState
 
 
 class FirstPrediction:
-    """Runs the first node's module once per step and pass order; `forget` begins a step."""
+    """Runs the first node's module once per step.
 
-    def __init__(self) -> None:
+    Args:
+        guess: what is taken for it until a pass has shown which node fires first.
+    """
+
+    def __init__(self, guess: nn.Module) -> None:
+        self._module: nn.Module | None = guess
         self._kept: tuple[Any, RandomState] | None = None
-        self._ran = False
+        self._ran = self._mistaken = False
 
     def forget(self) -> None:
-        self._kept = None
+        """Begin a step."""
+        self._kept, self._mistaken = None, False
 
     def begin_pass(self) -> None:
         self._ran = False
 
+    def found(self, module: nn.Module | None) -> None:
+        """Learn whose output came first in the pass that has just ended; None if that is no module's."""
+        if module is not self._module:
+            self._module, self._kept, self._mistaken = module, None, True
+
     @contextmanager
-    def of(self, module: nn.Module) -> Iterator[None]:
+    def reused(self) -> Iterator[None]:
         """Inside, a call whose output is known returns it, and leaves the generators where they would be."""
-        if getattr(module, "_compiled_call_impl", None) is not None:  # compiled with its hooks: not to be replaced
+        module = self._module
+        # what is compiled with its hooks is not to be replaced
+        if module is None or getattr(module, "_compiled_call_impl", None) is not None:
             yield
             return
         compute, own = module.forward, module.__dict__.get("forward")
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             first, self._ran = not self._ran, True  # a shared module runs again in the pass, on states
-            if not first:
+            if not first or self._mistaken:
                 return compute(*args, **kwargs)
             if self._kept is None:
                 output = compute(*args, **kwargs)
