@@ -80,8 +80,8 @@ class Site:
 
     A module that runs several times in one pass (shared layers) has as many sites. `leaf` is what the solver moves,
     the error or the state; `error` is x - mu at the last pass, `prediction` mu where the energy needs it. Sums are per
-    sequence, [batch], float64: `energy` in nats, `error_square` and `prediction_square` sums of squares;
-    `gradient_square` and `signal_square` are |dF/dx|^2 and |g|^2 in units of the energy's curvature.
+    sequence, [batch], float64: `energy` in nats, `prediction_square` sum of squares; `gradient_square` and
+    `signal_square` are |dF/dx|^2 and |g|^2 in units of the energy's curvature.
     """
 
     def __init__(
@@ -111,7 +111,6 @@ class Site:
             assert relative_std is not None
             self.precision = node.energy.strength(mu, relative_std)
         self.energy: Tensor
-        self.error_square: Tensor
         self.prediction_square: Tensor
         self.gradient_square: Tensor
         self.signal_square: Tensor

@@ -120,12 +120,9 @@ class Relaxation:
             site.prediction = wide(mu.detach())
         state = self._join(self, site, mu)
         if self.at_rest:
-            site.error_square = torch.zeros(self.batch, dtype=torch.float64, device=mu.device)
             site.prediction_square = site.squares(node.energy.activity(mu.detach()), self.batch)
-        else:
-            site.error_square = site.squares(site.error.detach(), self.batch)
         if self.at_rest and node.energy.zero_at_rest:
-            site.energy = site.error_square
+            site.energy = torch.zeros(self.batch, dtype=torch.float64, device=mu.device)
         else:
             energy = node.energy.energy(site.error.detach(), site.prediction, site.precision)
             site.energy = site.per_sequence(energy, self.batch)
@@ -234,7 +231,7 @@ class Relaxation:
         }
         for site in self.sites:
             sums[f"energy/{site.label}"] = site.energy.sum()
-            sums[f"error_square/{site.label}"] = site.error_square.sum()
+            sums[f"error_square/{site.label}"] = site.squares(site.error.detach(), self.batch).sum()
             sums[f"prediction_square/{site.label}"] = site.prediction_square.sum()
         return {name: value.detach().cpu() for name, value in sums.items()}
 
