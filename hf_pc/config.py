@@ -106,14 +106,16 @@ class PCConfig:
         relaxed_fraction: a target for the share of the output error that relaxation changes. A controller steers
             `relative_std` to hold it, once per optimiser step.
         solver: the name of a registered solver.
-        sweeps: passes over the network per step, T >= 1, the learning pass included. T = 1 is backprop for
-            Gaussian nodes of the `error` solver at step 1 or "auto".
+        sweeps: passes over the network per relaxation, T >= 1, the learning pass included; a rule of `learning` with
+            several phases relaxes several times. T = 1 is backprop for Gaussian nodes of the `error` solver at step 1
+            or "auto".
         step_size: "auto" (each sequence's free energy never rises) or a number in units of 1/precision.
         state_optimizer: the name of a class of torch.optim that moves the states of the `state` and `lagrangian`
             solvers; `step_size` is its learning rate. None steps down the gradient.
         weight_update: "final" (weights learn once the states have relaxed) or "every_sweep" (incremental PC, arXiv
             2212.00720: weights move with the states, by the Trainer's optimizer; solvers "state" and "lagrangian").
-        tolerance: a sequence whose residual is under this stops relaxing; 0 never stops early.
+        tolerance: residual under which a sequence is at rest and moves no more (with step "auto"); the relaxation
+            ends once all are. 0 never stops early.
         dropout: "replay" (each sweep of a step sees the same mask) or "off" (no dropout while training by PC).
 
     Raises:

@@ -280,16 +280,19 @@ class LearnedVarianceEnergy(Energy):
         return gradient / self._scaled(precision)
 
     def observe(self, error: Tensor, precision: Tensor) -> None:
-        gradient = (1 - self._scaled(precision) * error.square()).flatten(0, -2).sum(0).double().cpu()
+        live = error.ne(0).any(-1, keepdim=True)  # no signal came to the others: padding, or after the last label
+        gradient = (live * (1 - self._scaled(precision) * error.square())).flatten(0, -2).sum(0).double().cpu()
         self._gradient = gradient if self._gradient is None else self._gradient + gradient
-        self._tokens += error.numel() // error.shape[-1]
+        self._tokens += int(live.sum())
 
     def step(self, reduce: Callable[[Tensor], Tensor]) -> None:
         if self._gradient is None or self.log_std is None:
             return
         total = reduce(torch.cat([self._gradient, torch.tensor([float(self._tokens)], dtype=torch.float64)]))
-        self.log_std = (self.log_std - self.RATE * total[:-1] / total[-1]).clamp(-self.LIMIT, self.LIMIT)
         self._gradient, self._tokens = None, 0
+        if not total[-1]:
+            return
+        self.log_std = (self.log_std - self.RATE * total[:-1] / total[-1]).clamp(-self.LIMIT, self.LIMIT)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.log_std is None else {"log_std": self.log_std.tolist()}

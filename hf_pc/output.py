@@ -36,10 +36,12 @@ class Output(ABC):
     Args:
         shifted: logits at position i predict the label at i + 1, as in causal language models.
         keep_labels: labels stay among the model's inputs, as encoder-decoders build the decoder's input from them.
+        virtual: positions that PEFT's prompt tuning puts before each sequence, which have no labels.
     """
 
     shifted: bool = False
     keep_labels: bool = False
+    virtual: int = 0
     #: whether exp(nats per label) is a perplexity
     has_perplexity: ClassVar[bool] = False
 
@@ -60,7 +62,8 @@ class Output(ABC):
             name = {"regression": "gaussian", "multi_label_classification": "bernoulli"}.get(
                 str(problem), "categorical"
             )
-        return OUTPUTS[name](shifted=causal and not encoder_decoder, keep_labels=encoder_decoder)
+        shifted = causal and not encoder_decoder
+        return OUTPUTS[name](shifted, keep_labels=encoder_decoder, virtual=_virtual_tokens(model) if shifted else 0)
 
     def split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
         """The model's inputs and the labels, aligned with the logits.
@@ -79,6 +82,7 @@ class Output(ABC):
             del batch["labels"]
         aligned = batch.pop("shift_labels", None)
         if aligned is None:
+            labels = F.pad(labels, (self.virtual, 0), value=IGNORED) if self.virtual else labels
             aligned = F.pad(labels, (0, 1), value=IGNORED)[..., 1:] if self.shifted else labels
         return batch, aligned
 
@@ -208,6 +212,14 @@ class BernoulliOutput(_DenseOutput):
 
     def sample(self, scores: Tensor) -> Tensor:
         return scores.sigmoid().bernoulli()
+
+
+def _virtual_tokens(model: nn.Module) -> int:
+    """How many positions an active prompt-learning adapter puts before a sequence; prefixes are none."""
+    adapter = getattr(model, "active_peft_config", None)
+    if not getattr(adapter, "is_prompt_learning", False) or getattr(adapter, "peft_type", None) == "PREFIX_TUNING":
+        return 0
+    return int(adapter.num_virtual_tokens)  # type: ignore[union-attr]
 
 
 def _scores(logits: Tensor) -> Tensor:

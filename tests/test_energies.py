@@ -150,6 +150,20 @@ def test_learned_variance_goes_to_the_errors() -> None:
     assert torch.equal(restored.log_std, energy.log_std)  # type: ignore[arg-type]
 
 
+def test_padding_teaches_no_variance() -> None:
+    """Tokens that no signal came to are not counted: with and without them the learned sigma is the same."""
+    found = []
+    for padded in (False, True):
+        energy = ENERGIES["learned_variance"]()
+        error = torch.full((2, 3, 4), 0.5)
+        energy.check(error, "node")
+        energy.observe(torch.cat([error, torch.zeros(2, 5, 4)], 1) if padded else error, torch.ones(()))
+        energy.step(lambda total: total)
+        found.append(energy.state_dict())
+    assert found[0] == found[1]
+    assert found[0]["log_std"][0] < 0
+
+
 def test_relative_precision_is_per_token() -> None:
     """1 / (relative_std RMS)^2 of each token, whatever the other tokens are."""
     _, mu = draw()

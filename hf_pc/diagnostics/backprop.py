@@ -33,12 +33,14 @@ def compare_with_backprop(
         fill()
         return [torch.zeros_like(p) if p.grad is None else p.grad for _, p in named]
 
-    seen = pc.steering.pause()
+    seen, noted = pc.steering.pause(), [(node.energy, vars(node.energy).copy()) for node in pc.nodes]
     try:
         learned = gradients(lambda: pc.accumulate_grad(**inputs))
         true = gradients(lambda: pc.backprop_loss(inputs).backward())  # type: ignore[no-untyped-call]
     finally:
         pc.steering.resume(seen)
+        for energy, before in noted:
+            vars(energy).update(before)
         for (_, p), grad in zip(named, held, strict=True):
             p.grad = grad
     sums: dict[str, Tensor] = {}
