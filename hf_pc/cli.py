@@ -42,7 +42,7 @@ def _strength(config: PCConfig, node: Node) -> str:
     if node.precision is not None or config.precision is not None:
         return f"{node.precision if node.precision is not None else config.precision:g}"
     if config.relative_std is not None:
-        return f"1 / ({config.relative_std:g} RMS)^2 of each token"
+        return f"1 / ({config.relative_std:g} RMS)^2"
     return f"steered to relaxed_fraction {config.relaxed_fraction:g}"
 
 

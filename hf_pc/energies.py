@@ -30,6 +30,8 @@ class Energy(ABC):
     uses_prediction: bool = True
     #: whether E is zero where x = mu
     zero_at_rest: bool = True
+    #: whether the unit of the states is the nat, whatever the node's activity, so that relative_std counts in it
+    in_nats: bool = False
 
     @abstractmethod
     def energy(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
@@ -54,10 +56,6 @@ class Energy(ABC):
     def activity(self, prediction: Tensor) -> Tensor:
         """What |mu| is measured on: the prediction without its masked features."""
         return prediction
-
-    def strength(self, prediction: Tensor, relative_std: float) -> Tensor:
-        """The precision for a relative_std: in units of each token's own activity, [..., 1]."""
-        return relative_precision(prediction, relative_std)
 
     def check(self, prediction: Tensor, name: str) -> None:
         """Raise ValueError if a node with this prediction, [..., features], cannot have this energy."""
@@ -128,6 +126,7 @@ class LaplaceEnergy(Energy):
 class LogitEnergy(Energy):
     """Of distributions whose parameters are logits: their unit is the nat, whatever the activity of the node."""
 
+    in_nats = True
     #: logits under this stand for what cannot be
     MASKED = -1e4
     #: least curvature that preconditioning divides by, so that features of vanishing probability stay put
@@ -143,9 +142,6 @@ class LogitEnergy(Energy):
     def precondition(self, gradient: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
         assert prediction is not None
         return gradient / (precision * self.curvature(prediction).clamp_min(self.CURVATURE_FLOOR))
-
-    def strength(self, prediction: Tensor, relative_std: float) -> Tensor:
-        return torch.full((), relative_std**-2, dtype=wide(prediction).dtype, device=prediction.device)
 
 
 @register_energy("categorical")
@@ -304,8 +300,6 @@ class LearnedVarianceEnergy(Energy):
 
 def relative_precision(prediction: Tensor, relative_std: float) -> Tensor:
     """1 / (relative_std * RMS(mu))^2, one value per token.
-
-    The scale is each token's own, so that neither its neighbours nor the batch it is in changes what it learns.
 
     Args:
         prediction: mu, [..., features].

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hf_pc.attention import AttentionNodes
 from hf_pc.config import PCConfig, read_json
 from hf_pc.learning import PLAIN, RULES, Phase
-from hf_pc.node import LEARN, RELAX, Node
+from hf_pc.node import LEARN, RELAX, Node, Strength
 from hf_pc.output import Output, auxiliary_loss, routes
 from hf_pc.placement import resolve
 from hf_pc.relaxation import EVERY_PHASE, Relaxation, add_sums, summary
@@ -172,8 +172,8 @@ class PCModel:
             self._first_prediction.forget()
         batch, labels = self._split(inputs, phase)
         count = labels.ne(-100).sum()
-        fixed, before = self.config.precision, self._before
-        self.relaxation = Relaxation(len(labels), count, fixed, self.relative_std, self.solver.join, phase, before)
+        strength = Strength(self.config.precision, self.relative_std, self.steering.activity)
+        self.relaxation = Relaxation(len(labels), count, strength, self.solver.join, phase, self._before)
         self.relaxation.weights = [p for p in self.model.parameters() if p.requires_grad]
         if any(phase.own_labels for phase in self.phases) and first:
             # taken before the generator is noted: what is restored in every pass would give every step the same draw
@@ -359,19 +359,19 @@ class PCModel:
 
     @property
     def relative_std(self) -> float:
-        """What steering holds now: sigma as a multiple of each token's activity."""
+        """What steering holds now: sigma as a multiple of each node's activity."""
         return self.steering.relative_std
 
     def state_dict(self) -> dict[str, Any]:
         """What steering and the energies have learned, for an exact resume; ready for JSON."""
         energies = dict(self._attention.states) if self._attention else {}
         energies |= {node.name: state for node in self.nodes if (state := node.energy.state_dict())}
-        return {"relative_std": self.relative_std} | ({"energies": energies} if energies else {})
+        return self.steering.state_dict() | ({"energies": energies} if energies else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`. Raises ValueError on anything else."""
         check_state(state)
-        self.steering.relative_std = float(state["relative_std"])
+        self.steering.load_state_dict(state)
         energies = state.get("energies", {})
         for node in self.nodes:
             node.energy.load_state_dict(energies.get(node.name, {}))

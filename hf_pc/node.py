@@ -18,13 +18,14 @@ g it is compared with are always in the same units, nats.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_pc.energies import Energy, wide
+from hf_pc.energies import Energy, relative_precision, wide
 
 RELAX, LEARN = "relax", "learn"
 
@@ -75,6 +76,33 @@ class Node:
         return self.module.register_forward_hook(hook)
 
 
+@dataclass(frozen=True)
+class Strength:
+    """How strongly errors are penalised in one batch, the same for every sequence of it.
+
+    Args:
+        precision: that of every node without its own, or None for `relative_std`.
+        relative_std: sigma as a multiple of each node's activity.
+        activity: the RMS of each site's predictions in the optimiser step before. Where there is none yet, in the
+            first step, each token's own RMS stands in: another batch statistic would let sequences feel each other.
+    """
+
+    precision: float | None
+    relative_std: float
+    activity: Mapping[str, float]
+
+    def of(self, node: Node, label: str, mu: Tensor) -> Tensor:
+        """The precision of a site: a scalar, or [..., 1] per token."""
+        fixed = node.precision if node.precision is not None else self.precision
+        if fixed is None and (node.in_nats or node.energy.in_nats):
+            fixed = self.relative_std**-2
+        elif fixed is None and label in self.activity:
+            fixed = (self.relative_std * self.activity[label]) ** -2
+        if fixed is None:
+            return relative_precision(mu, self.relative_std)
+        return torch.full((), fixed, dtype=wide(mu).dtype, device=mu.device)
+
+
 class Site:
     """One firing of a node in one batch: its error, and what the passes measure there.
 
@@ -84,9 +112,7 @@ class Site:
     `signal_square` are |dF/dx|^2 and |g|^2 in units of the energy's curvature.
     """
 
-    def __init__(
-        self, node: Node, label: str, mu: Tensor, relative_std: float | None, precision: float | None
-    ) -> None:
+    def __init__(self, node: Node, label: str, mu: Tensor, strength: Strength) -> None:
         self.node = node
         self.label = label
         self.shape = mu.shape
@@ -101,15 +127,7 @@ class Site:
         self.gradient: Tensor
         self.multiplier: Tensor
         node.energy.check(mu, node.name)
-        fixed = node.precision if node.precision is not None else precision
-        if fixed is None and node.in_nats:
-            assert relative_std is not None
-            fixed = relative_std**-2
-        if fixed is not None:
-            self.precision = torch.full((), fixed, dtype=self.error.dtype, device=mu.device)
-        else:
-            assert relative_std is not None
-            self.precision = node.energy.strength(mu, relative_std)
+        self.precision = strength.of(node, label, mu)
         self.energy: Tensor
         self.prediction_square: Tensor
         self.gradient_square: Tensor

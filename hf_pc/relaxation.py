@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_pc.energies import wide
 from hf_pc.learning import PLAIN, Phase
-from hf_pc.node import RELAX, LossScale, Node, Site
+from hf_pc.node import RELAX, LossScale, Node, Site, Strength
 
 OUTPUT_LABEL = "output"
 #: what every phase adds to; the rest is reported of the first phase alone
@@ -29,8 +29,7 @@ class Relaxation:
     Args:
         batch: number of sequences.
         tokens: number of label tokens, a scalar tensor.
-        precision: the precision of every node, or None for `relative_std`.
-        relative_std: sigma as a multiple of the RMS of each token's prediction.
+        strength: how strongly errors are penalised.
         join: the solver's: what goes up from a site whose module predicted mu.
         phase: the strength of the output energy, and where the errors start.
         before: the relaxation of the phase before, of the same batch.
@@ -40,8 +39,7 @@ class Relaxation:
         self,
         batch: int,
         tokens: Tensor,
-        precision: float | None,
-        relative_std: float | None,
+        strength: Strength,
         join: Callable[[Relaxation, Site, Tensor], Tensor],
         phase: Phase = PLAIN,
         before: Relaxation | None = None,
@@ -50,7 +48,7 @@ class Relaxation:
         self.phase = phase
         self._join = join
         self.tokens = tokens
-        self._strength = (relative_std, precision)
+        self._strength = strength
         self.sites: list[Site] = []
         self._of_node: dict[str, list[Site]] = {}
         self._visits: dict[str, int] = {}
@@ -144,7 +142,7 @@ class Relaxation:
                     f"multiple of the batch size {self.batch}: only modules that keep sequences apart can be nodes"
                 )
             label = f"{node.name}#{visit}" if visit else node.name
-            sites.append(Site(node, label, mu, *self._strength))
+            sites.append(Site(node, label, mu, self._strength))
             self.sites.append(sites[-1])
         # activation checkpointing runs a module again in the backward pass: the same sites, from the start
         site = sites[visit % len(sites)]
@@ -233,6 +231,7 @@ class Relaxation:
             sums[f"energy/{site.label}"] = site.energy.sum()
             sums[f"error_square/{site.label}"] = site.squares(site.error.detach(), self.batch).sum()
             sums[f"prediction_square/{site.label}"] = site.prediction_square.sum()
+            sums[f"size/{site.label}"] = scalar(site.shape.numel())
         return {name: value.detach().cpu() for name, value in sums.items()}
 
 

@@ -15,19 +15,27 @@ from hf_pc.relaxation import add_sums, relaxed_fraction
 INITIAL_RELATIVE_STD = 0.2
 GAIN, LIMIT = 0.5, 0.7
 SMALLEST_STD, LARGEST_STD = 1e-6, 1e6
+SMALLEST_ACTIVITY = 1e-8
 
 
 class Steering:
-    """Holds `relaxed_fraction` at its target by moving one factor, `relative_std`, on the strength of all nodes."""
+    """Holds `relaxed_fraction` at its target by moving one factor, `relative_std`, on the strength of all nodes.
+
+    Attributes:
+        relative_std: sigma as a multiple of each node's activity.
+        activity: the RMS of each site's predictions in the last optimiser step.
+    """
 
     def __init__(self, config: PCConfig) -> None:
         self.target = config.relaxed_fraction if config.sweeps > 1 else None
         self.relative_std = config.relative_std or INITIAL_RELATIVE_STD
+        self.activity: dict[str, float] = {}
         self._seen: dict[str, Tensor] = {}
 
     def observe(self, sums: Mapping[str, Tensor]) -> None:
         """Note the measurements of a learned batch."""
-        add_sums(self._seen, {name: sums[name] for name in ("change", "reference")})
+        kept = ("change", "reference", "prediction_square/", "size/")
+        add_sums(self._seen, {name: value for name, value in sums.items() if name.startswith(kept)})
 
     def pause(self) -> dict[str, Tensor]:
         """What was noted since the last step, to give back to `resume`: what comes in between does not count."""
@@ -39,28 +47,51 @@ class Steering:
         self._seen = seen
 
     def step(self, reduce: Callable[[Tensor], Tensor], *, steers: bool) -> None:
-        """Move relative_std by what was noted since the last step.
+        """Take up the activities, and move relative_std by what was noted since the last step.
 
         The fraction grows as relative_std squared while it is small, so half the logarithm of what is missing is
-        the step that would close the gap; it is damped and bounded. Does nothing without a target or at T = 1.
+        the step that would close the gap; it is damped and bounded. It stays without a target or at T = 1.
 
         Args:
             reduce: sums a tensor over processes.
             steers: whether any node's strength follows relative_std.
         """
-        seen, self._seen = self._seen, {}
-        if self.target is None or not steers or not seen:
+        names, noted = list(self._seen), list(self._seen.values())
+        self._seen = {}
+        if not noted:
             return
-        change, reference = reduce(torch.stack([seen["change"], seen["reference"]])).unbind()
-        measured = relaxed_fraction({"change": change, "reference": reference})
+        seen = dict(zip(names, reduce(torch.stack(noted)).unbind(), strict=True))
+        squares = {name.removeprefix("size/"): size for name, size in seen.items() if name.startswith("size/")}
+        for label, size in squares.items():
+            rms = math.sqrt(seen[f"prediction_square/{label}"] / size)
+            if math.isfinite(rms) and rms > SMALLEST_ACTIVITY:
+                self.activity[label] = rms
+        if self.target is None or not steers:
+            return
+        measured = relaxed_fraction(seen)
         if not math.isfinite(measured):
             return
         step = 0.5 * GAIN * math.log(self.target / max(measured, 1e-6 * self.target))
         moved = self.relative_std * math.exp(max(-LIMIT, min(LIMIT, step)))
         self.relative_std = max(SMALLEST_STD, min(LARGEST_STD, moved))
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned, ready for JSON."""
+        return {"relative_std": self.relative_std} | ({"activity": dict(self.activity)} if self.activity else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`. Raises ValueError on anything else."""
+        check_state(state)
+        self.relative_std = float(state["relative_std"])
+        self.activity = {name: float(value) for name, value in state.get("activity", {}).items()}
+
 
 def check_state(state: Any) -> None:
     """Raise ValueError if this is no `PCModel.state_dict`."""
     value = state.get("relative_std") if isinstance(state, Mapping) else None
     check_scale("state", "relative_std", value, upper=LARGEST_STD)
+    activity = state.get("activity", {})
+    if not isinstance(activity, Mapping):
+        raise ValueError(f"state.activity={activity!r} is not allowed: an object of numbers is needed")
+    for name, rms in activity.items():
+        check_scale("state", f"activity[{name!r}]", rms)
