@@ -102,7 +102,8 @@ class PCConfig:
         output: the output node's energy: "categorical", "gaussian", "bernoulli", or "auto" for what the model's
             own loss does with labels.
         precision: 1 / sigma^2, the same for every node.
-        relative_std: sigma as a multiple of the RMS over features of each token's prediction.
+        relative_std: sigma as a multiple of the RMS of the node's predictions in the optimiser step before; in the
+            first step, of each token's own.
         relaxed_fraction: a target for the share of the output error that relaxation changes. A controller steers
             `relative_std` to hold it, once per optimiser step.
         solver: the name of a registered solver.
@@ -138,7 +139,7 @@ class PCConfig:
     output: str = field(default="auto", metadata={"help": "Energy of the output: categorical, gaussian, bernoulli."})
     precision: float | None = field(default=None, metadata={"help": "Fixed 1/sigma^2 of every node."})
     relative_std: float | None = field(
-        default=None, metadata={"help": "sigma as a multiple of each token's prediction RMS."}
+        default=None, metadata={"help": "sigma as a multiple of the RMS of a node's predictions."}
     )
     relaxed_fraction: float | None = field(
         default=None,

@@ -26,10 +26,34 @@ def test_tolerance_stops_early(step_size: Any) -> None:
 def test_a_sequence_does_not_feel_its_batch() -> None:
     """Errors of a sequence are the same alone and among others, early stop and automatic step included."""
     pc = PCModel(make("gpt2").double(), PCConfig(sweeps=20, relative_std=2.0, tolerance=0.01))
-    together = pc.relax(**batch())
-    alone = pc.relax(**{name: value[1:2] for name, value in batch().items()})
-    for name, error in alone.errors.items():
-        assert torch.allclose(together.errors[name][1:2], error, atol=1e-10)
+    for _ in range(2):  # in the first step, and with what it has left behind
+        together = pc.relax(**batch())
+        alone = pc.relax(**{name: value[1:2] for name, value in batch().items()})
+        for name, error in alone.errors.items():
+            assert torch.allclose(together.errors[name][1:2], error, atol=1e-10)
+        pc.accumulate_grad(**batch())
+        pc.steer()
+
+
+def test_activity_is_carried_from_step_to_step() -> None:
+    """In the second step sigma is relative_std times the RMS that the node's predictions had in the first."""
+    pc = PCModel(make("gpt2").double(), PCConfig(relative_std=0.3, sweeps=2))
+    predictions = {}
+    for node in pc.nodes:
+        node.module.register_forward_hook(lambda m, a, out, n=node.name: predictions.setdefault(n, out.detach()))
+    pc.detach()
+    pc.model(**{k: v for k, v in batch().items() if k != "labels"})
+    pc.attach()
+    pc.accumulate_grad(**batch())
+    pc.steer()
+    with pc.relaxed(batch()) as relaxation:
+        pc.learning_pass(batch())
+        for site in relaxation.sites:
+            rms = predictions[site.label].square().mean().sqrt()
+            assert site.precision == pytest.approx(1 / float(0.3 * rms) ** 2, rel=1e-9)
+    other = PCModel(make("gpt2").double(), PCConfig(relative_std=0.3, sweeps=2))
+    other.load_state_dict(pc.state_dict())
+    assert other.steering.activity == pc.steering.activity
 
 
 def test_steering_needs_a_target() -> None:
