@@ -170,7 +170,8 @@ class NodeFunction(torch.autograd.Function):
         ctx.site, ctx.sweep = site, sweep
         ctx.dtype = mu.dtype
         ctx.save_for_backward(error)
-        return mu.view_as(mu) if sweep.at_rest else (wide(mu) + error).to(mu.dtype)
+        # a copy where x = mu: a view could not be changed in place by what reads the node, as Falcon does
+        return mu.clone() if sweep.at_rest else (wide(mu) + error).to(mu.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]

@@ -50,13 +50,17 @@ def _linear_like(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "base_layer")  # the latter: a PEFT layer
 
 
+#: maps of relative positions (DeBERTa, the Conformers): they see no sequence, and so have no state
+POSITIONS = ("pos_proj", "pos_q_proj", "pos_key_proj", "pos_query_proj", "linear_pos")
+
+
 def _linears(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         path = f"{prefix}.{name}" if prefix else name
-        if _linear_like(child):
-            yield path, child
-        else:
+        if not _linear_like(child):
             yield from _linears(child, path)
+        elif name not in POSITIONS:
+            yield path, child
 
 
 @register_placement("block")
