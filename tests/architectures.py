@@ -36,7 +36,7 @@ MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 VISION = {"image_size": 16, "patch_size": 4, "num_labels": 3}
 
 #: what each configuration takes beside the vocabulary and the special tokens
-CAUSAL: dict[str, dict[str, Any]] = {  # fmt: skip
+CAUSAL: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
     "llama": LLAMA,
     "mistral": LLAMA,
