@@ -11,8 +11,9 @@ local gradient of the relaxed phase is G(b) = b grad L_out + b^2 A + b^3 B + ...
 - wake_sleep: G(1) less what the model's own labels teach, G(1, y') - grad L_out(y') with y' drawn from the output.
   The marginal likelihood's Laplace correction cancels the reward in expectation when the model is calibrated.
 
-A phase that only changes b starts from the errors of the one before, scaled, and saves itself a sweep (of three or
-more). So in units of a backprop step "centred" costs 3.3 at T = 2, and 4T / 3 beyond: 4.0 at T = 3.
+Errors at the equilibrium are a series in b too. The first phase knows its first term e0, the first move from rest,
+and its sum e1; a phase that only changes b starts at b e0 + b^2 (e1 - e0), right to second order, and saves itself two
+sweeps. So in units of a backprop step "centred" costs (4T - 2) / 3 from T = 3: 3.3 there.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ class Phase:
     Args:
         strength: b, the factor on the output energy.
         weight: of the phase's local gradient in the sum that the weights learn from.
-        start: errors begin at this multiple of those of the phase before; 0 begins at rest.
+        warm: errors begin where the first phase's expect them, not at rest.
         own_labels: the labels are drawn from the model's output.
         at_rest: no relaxation: the phase learns backprop's gradient.
     """
 
     strength: float = 1.0
     weight: float = 1.0
-    start: float = 0.0
+    warm: bool = False
     own_labels: bool = False
     at_rest: bool = False
 
@@ -48,12 +49,12 @@ PLAIN = Phase()
 #: the phases of each rule; the first is the one that is reported
 RULES: dict[str, tuple[Phase, ...]] = {
     "plain": (PLAIN,),
-    "centred": (Phase(1.0, 0.5), Phase(-1.0, -0.5, start=-1.0)),
+    "centred": (Phase(1.0, 0.5), Phase(-1.0, -0.5, warm=True)),
     "extrapolated": (
         Phase(1.0, -1 / 6),
-        Phase(-1.0, 1 / 6, start=-1.0),
-        Phase(-0.5, -4 / 3, start=0.5),
-        Phase(0.5, 4 / 3, start=-1.0),
+        Phase(-1.0, 1 / 6, warm=True),
+        Phase(-0.5, -4 / 3, warm=True),
+        Phase(0.5, 4 / 3, warm=True),
     ),
     "wake_sleep": (Phase(), Phase(1.0, -1.0, own_labels=True), Phase(1.0, 1.0, own_labels=True, at_rest=True)),
 }

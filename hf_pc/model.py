@@ -174,6 +174,7 @@ class PCModel:
         count = labels.ne(-100).sum()
         strength = Strength(self.config.precision, self.relative_std, self.steering.activity)
         self.relaxation = Relaxation(len(labels), count, strength, self.solver.join, phase, self._before)
+        self.relaxation.followed = first and any(other.warm for other in self.phases)
         self.relaxation.weights = [p for p in self.model.parameters() if p.requires_grad]
         if any(phase.own_labels for phase in self.phases) and first:
             # taken before the generator is noted: what is restored in every pass would give every step the same draw

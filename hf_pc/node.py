@@ -122,6 +122,9 @@ class Site:
         self.error = torch.zeros_like(wide(mu))
         self.leaf: Tensor
         self.prediction: Tensor | None = None
+        # of phases that others follow: the errors after the first move from rest, and after the last
+        self.first_move: Tensor | None = None
+        self.last_move: Tensor | None = None
         # of solvers that differentiate piece by piece: g, dF/dx, and a Lagrange multiplier
         self.signal: Tensor
         self.gradient: Tensor
@@ -186,6 +189,8 @@ class NodeFunction(torch.autograd.Function):
         sweep.measure(site, signal, gradient)
         if sweep.mode == LEARN and not sweep.phase.at_rest:
             target = error - sweep.step_size * site.step(gradient)
+            if sweep.followed:
+                site.last_move = target
             energy.observe(target, site.precision)
             down = energy.grad_prediction(target, mu, site.precision)
         elif mu is None or sweep.at_rest:  # a phase that learns at rest learns backprop's gradient

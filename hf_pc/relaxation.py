@@ -31,7 +31,7 @@ class Relaxation:
         tokens: number of label tokens, a scalar tensor.
         strength: how strongly errors are penalised.
         join: the solver's: what goes up from a site whose module predicted mu.
-        phase: the strength of the output energy, and where the errors start.
+        phase: the strength of the output energy, and how the errors start.
         before: the relaxation of the phase before, of the same batch.
     """
 
@@ -56,6 +56,7 @@ class Relaxation:
         self.pieces = True  # whether pieces of the graph may be differentiated one by one, before `backward()`
         self.weights: list[Tensor] = []  # what may learn
         self._held: dict[Tensor, Tensor] = {}
+        self.followed = False  # whether a phase comes that begins where this one's errors point to
         self.step_size = 1.0
         self.scale: Tensor | float = 1.0
         self.sweeps = 0
@@ -65,25 +66,29 @@ class Relaxation:
         self.feedforward_energy: Tensor | None = None  # [batch], of the first pass, where every error is zero
         self._top_signal: Tensor | None = None  # g at the last node in the feedforward pass
         self._change = self._reference = torch.zeros((), dtype=torch.float64)
-        if before is not None and phase.start:
+        if before is not None and phase.warm:
             self._continue(before)
 
     def _continue(self, before: Relaxation) -> None:
-        """Start from the errors of the phase before, scaled."""
+        """Start where the series of the first phase's errors in the strength points to."""
         self.sites, self._of_node = before.sites, before._of_node
+        b = self.phase.strength
         for site in self.sites:
-            site.leaf = (self.phase.start * site.leaf.detach()).requires_grad_()
-        ratio = self.phase.strength / before.phase.strength
+            if site.first_move is None or site.last_move is None:  # one sweep: the first phase never left its rest
+                site.leaf = torch.zeros_like(site.leaf).requires_grad_()
+            else:
+                site.leaf = torch.lerp(b * site.first_move, b * site.last_move, b).requires_grad_()
+        ratio = b / before.phase.strength
         assert before.feedforward_energy is not None
         self.feedforward_energy = ratio * before.feedforward_energy
         self._top_signal = None if before._top_signal is None else ratio * before._top_signal
         self._reference = ratio**2 * before._reference
 
     def passes(self, sweeps: int) -> int:
-        """Passes that this phase makes of `sweeps`: one less where it does not start at rest, but no single one."""
+        """Passes that this phase makes of `sweeps`: two less where it does not start at rest."""
         if self.phase.at_rest:
             return 1
-        return sweeps - 1 if self.phase.start and sweeps > 2 else sweeps
+        return max(1, sweeps - 2) if self.phase.warm else sweeps
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -130,7 +135,7 @@ class Relaxation:
     @property
     def at_rest(self) -> bool:
         """Whether this is the first pass, where every error is zero."""
-        return self.sweeps == 1 and not self.phase.start
+        return self.sweeps == 1 and not self.phase.warm
 
     def _site(self, node: Node, mu: Tensor) -> Site:
         sites = self._of_node.setdefault(node.name, [])

@@ -195,3 +195,11 @@ def test_nodes_that_share_a_graph_with_the_head(nodes: str, sweeps: int) -> None
         pc = PCModel(model, config)
         assert pc.accumulate_grad(**batch()).free_energy > 0
         pc.detach()
+
+
+@pytest.mark.parametrize("solver", ["error", "state"])
+def test_errors_stay_in_the_dtype_of_the_states(solver: str) -> None:
+    """Rates and shares are kept per sequence in float64; the errors they move stay float32."""
+    pc = PCModel(make("gpt2"), PCConfig(solver=solver, relative_std=1.5, sweeps=5, tolerance=1e-3))
+    with pc.relaxed(batch()) as relaxation:
+        assert {site.leaf.dtype for site in relaxation.sites} == {torch.float32}

@@ -24,7 +24,9 @@ ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-4, torc
 
 def _per_sequence(values: Tensor, site: Site, batch: int) -> Tensor:
     """[batch] spread over a site's leading dimensions: a column that broadcasts against its error."""
-    rows = values.to(site.leaf.device).repeat_interleave(len(site.leaf) // batch)
+    # a float64 column would make float64 errors
+    dtype = site.leaf.dtype if values.is_floating_point() else values.dtype
+    rows = values.to(site.leaf.device, dtype).repeat_interleave(len(site.leaf) // batch)
     return rows.view(-1, *[1] * (site.leaf.dim() - 1))
 
 
@@ -65,6 +67,9 @@ class Descent:
         residual = self.relaxation.residual().to(stands.device)
         if not self.best:
             self.residual, back = residual, None
+            if self.relaxation.followed:
+                for site, direction in zip(sites, directions, strict=True):
+                    site.first_move = direction
         else:
             self.residual = torch.where(stands, residual, self.residual)
             self.rate = torch.where(stands, (self.rate * GROW).clamp(max=1.0), self.rate * SHRINK)
