@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from clm_data import END, DataArguments, load_text
 from compare import History, StepTimer, finish, train_backprop, train_pc
 from datasets import Dataset, DatasetDict
@@ -210,3 +211,4 @@ if __name__ == "__main__":
         main()
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
+    PartialState().destroy_process_group()  # left to the interpreter's exit, it may abort it
