@@ -30,14 +30,12 @@ from transformers import (
     DataCollatorForSeq2Seq,
     HfArgumentParser,
     PreTrainedTokenizerFast,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
     set_seed,
 )
 
-from hf_pc import PCConfig, PCTrainerMixin, PCTrainingArguments
+from hf_pc import PCConfig, PCSeq2SeqTrainer, PCSeq2SeqTrainingArguments
 from hf_pc.cards import write_card
-from hf_pc.trainer import TokenLossMixin
+from hf_pc.trainer import BackpropSeq2SeqTrainer
 
 #: small networks of each type, without dropout so that both sides see the same function
 MODELS = {
@@ -65,7 +63,7 @@ class Arguments:
 
 
 @dataclass
-class Seq2SeqPCTrainingArguments(PCTrainingArguments, Seq2SeqTrainingArguments):
+class Seq2SeqExampleArguments(PCSeq2SeqTrainingArguments):
     output_dir: str = field(default="runs/seq2seq", metadata={"help": "Where everything goes."})
     max_steps: int = 400
     per_device_train_batch_size: int = 16
@@ -80,14 +78,6 @@ class Seq2SeqPCTrainingArguments(PCTrainingArguments, Seq2SeqTrainingArguments):
     save_strategy: str = "no"
     use_cpu: bool = not torch.cuda.is_available()
     resume_from_checkpoint: str | None = None
-
-
-class PCSeq2SeqTrainer(PCTrainerMixin, Seq2SeqTrainer):
-    """transformers' Seq2SeqTrainer, learning by predictive coding."""
-
-
-class BackpropSeq2SeqTrainer(TokenLossMixin, Seq2SeqTrainer):
-    """The same by backprop."""
 
 
 def signatures() -> Iterator[tuple[str, str]]:
@@ -166,7 +156,7 @@ def show_examples(model: Any, tokenizer: Any, data: Any, count: int = 4) -> None
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = HfArgumentParser((Arguments, Seq2SeqPCTrainingArguments, PCConfig))  # type: ignore[arg-type]
+    parser = HfArgumentParser((Arguments, Seq2SeqExampleArguments, PCConfig))  # type: ignore[arg-type]
     parser.set_defaults(sweeps=5)  # cross-attention couples every decoder block to the encoder's errors
     args, training, pc_config = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
     training.do_train = training.do_eval = True

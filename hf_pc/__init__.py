@@ -6,7 +6,13 @@ from hf_pc.model import PCModel
 from hf_pc.placement import register_placement
 from hf_pc.report import RelaxationOutput
 from hf_pc.solvers import register_solver
-from hf_pc.trainer import PCTrainer, PCTrainerMixin, PCTrainingArguments
+from hf_pc.trainer import (
+    PCSeq2SeqTrainer,
+    PCSeq2SeqTrainingArguments,
+    PCTrainer,
+    PCTrainerMixin,
+    PCTrainingArguments,
+)
 
 __version__ = "0.1.0"
 
@@ -14,6 +20,8 @@ __all__ = [
     "NodeSpec",
     "PCConfig",
     "PCModel",
+    "PCSeq2SeqTrainer",
+    "PCSeq2SeqTrainingArguments",
     "PCTrainer",
     "PCTrainerMixin",
     "PCTrainingArguments",

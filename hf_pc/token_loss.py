@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from hf_pc.callbacks import PCProgressCallback
@@ -98,6 +99,9 @@ class TokenLossMixin(_TrainerPart):
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         self._evaluated = []
         result = super().prediction_step(model, inputs, *args, **kwargs)
+        if not self._evaluated and inputs.get("labels") is not None:  # Seq2SeqTrainer generates, and asks for no loss
+            with torch.no_grad(), self.compute_loss_context_manager():
+                self.compute_loss(model, self._prepare_inputs(inputs))
         if self._evaluated:
             nats, tokens = self.accelerator.gather_for_metrics(tuple(self._evaluated))
             self._nats, self._tokens = self._nats + float(nats.sum()), self._tokens + float(tokens.sum())
@@ -117,3 +121,7 @@ class TokenLossMixin(_TrainerPart):
 
 class BackpropTrainer(TokenLossMixin, Trainer):
     """The baseline: a stock Trainer with the same loss and the same evaluation as PCTrainer."""
+
+
+class BackpropSeq2SeqTrainer(TokenLossMixin, Seq2SeqTrainer):
+    """The baseline of PCSeq2SeqTrainer."""

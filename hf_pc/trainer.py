@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from hf_pc.callbacks import NonFiniteGuard, SteeringCallback
 from hf_pc.config import PCConfig
@@ -27,7 +27,7 @@ from hf_pc.model import STATE_NAME, PCModel
 from hf_pc.placement import resolve
 from hf_pc.relaxation import add_sums, summary
 from hf_pc.steering import check_state
-from hf_pc.token_loss import BackpropTrainer, TokenLossMixin
+from hf_pc.token_loss import BackpropSeq2SeqTrainer, BackpropTrainer, TokenLossMixin
 
 logger = logging.getLogger(__name__)
 #: lambda_max, in precisions, over which a relaxation is running away
@@ -281,4 +281,22 @@ class PCTrainer(PCTrainerMixin, Trainer):
     """`transformers.Trainer` with `pc_config=`: see `PCTrainerMixin`."""
 
 
-__all__ = ["BackpropTrainer", "NonFiniteEnergyError", "PCTrainer", "PCTrainerMixin", "PCTrainingArguments"]
+@dataclass
+class PCSeq2SeqTrainingArguments(PCTrainingArguments, Seq2SeqTrainingArguments):
+    """transformers' Seq2SeqTrainingArguments, and what only a PC run needs."""
+
+
+class PCSeq2SeqTrainer(PCTrainerMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with `pc_config=`; evaluates by generation with `predict_with_generate`."""
+
+
+__all__ = [
+    "BackpropSeq2SeqTrainer",
+    "BackpropTrainer",
+    "NonFiniteEnergyError",
+    "PCSeq2SeqTrainer",
+    "PCSeq2SeqTrainingArguments",
+    "PCTrainer",
+    "PCTrainerMixin",
+    "PCTrainingArguments",
+]
