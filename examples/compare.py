@@ -16,8 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
+from hf_pc import PCTrainer
+from hf_pc.cards import write_card
 from hf_pc.diagnostics.plots import plot_run
 from hf_pc.relaxation import regime
+from hf_pc.trainer import BackpropTrainer
 
 History = list[dict[str, Any]]
 
@@ -47,7 +50,10 @@ def mean(history: History, name: str) -> float:
 
 
 def _figures(side: str, metrics: dict[str, float]) -> dict[str, float]:
-    return {f"{side}_eval_loss": metrics["eval_loss"], f"{side}_perplexity": metrics["eval_perplexity"]}
+    measured = {name: metrics[f"eval_{name}"] for name in ("perplexity", "accuracy") if f"eval_{name}" in metrics}
+    if "accuracy" in measured:  # of a class, nobody asks for a perplexity
+        measured.pop("perplexity", None)
+    return {f"{side}_eval_loss": metrics["eval_loss"]} | {f"{side}_{name}": value for name, value in measured.items()}
 
 
 def train_pc(trainer: Any, timer: StepTimer) -> tuple[dict[str, Any], History]:
@@ -94,6 +100,43 @@ def train_backprop(
     return results | {"bp_step_seconds": timer.median}, baseline.state.log_history
 
 
+def run(
+    model: Any, args: Any, pc_config: Any, options: dict[str, Any], *, compare_bp: bool, card: dict[str, Any],
+    processing_class: Any = None, trainers: tuple[Any, Any] = (PCTrainer, BackpropTrainer),
+) -> tuple[dict[str, Any], Any]:  # fmt: skip
+    """Train and evaluate by PC, as the arguments say, and by backprop; write figures, picture and card.
+
+    Args:
+        options: what both trainers take: data sets, collator, metrics.
+        card: what `write_card` takes beside figures and settings.
+        trainers: the classes for PC and for backprop.
+
+    Returns:
+        The figures, and the PC trainer.
+    """
+    weights = copy.deepcopy(model.state_dict()) if compare_bp and args.do_train else {}
+    timer = StepTimer()
+    learn, baseline = trainers
+    trainer = learn(
+        model=model, args=args, pc_config=pc_config, processing_class=processing_class, callbacks=[timer], **options
+    )
+    histories: dict[str, History] = {}
+    results, history = train_pc(trainer, timer)
+    if args.do_train:
+        histories["PC"] = history
+        if compare_bp:
+            found, histories["backprop"] = train_backprop(
+                trainer, lambda args, timer: baseline(model=model, args=args, callbacks=[timer], **options), weights
+            )
+            results |= found
+    if trainer.is_world_process_zero():
+        folder = Path(args.output_dir)
+        finish(folder, results, histories)
+        if histories and "pc_eval_loss" in results:
+            write_card(folder, trainer.pc_config, results, model_name=folder.name, **card)
+    return results, trainer
+
+
 def finish(folder: Path, results: dict[str, Any], histories: dict[str, History]) -> None:
     """Write all_results.json and learning.png, and print the table."""
     if "bp_step_seconds" in results:
@@ -111,9 +154,11 @@ def show(results: dict[str, Any]) -> None:
     sides = ["pc"] + (["bp"] if "bp_step_seconds" in results else [])
     for side in sides:
         table.add_column({"pc": "PC", "bp": "backprop"}[side], justify="right")
-    rows = [("validation loss, nats per token", "eval_loss", ".4f"), ("perplexity", "perplexity", ".2f"),
-            ("seconds per step, median", "step_seconds", ".3f")]  # fmt: skip
+    rows = [("validation loss, nats per label", "eval_loss", ".4f"), ("perplexity", "perplexity", ".2f"),
+            ("accuracy", "accuracy", ".4f"), ("seconds per step, median", "step_seconds", ".3f")]  # fmt: skip
     for title, key, form in rows:
+        if not any(f"{side}_{key}" in results for side in sides):
+            continue
         cells = [f"{results[f'{s}_{key}']:{form}}" if f"{s}_{key}" in results else "" for s in sides]
         table.add_row(title, *cells)
     for key, form in (("step_time_ratio", ".2f"), ("relaxed_fraction", ".4f"), ("residual", ".4f"), ("regime", "")):

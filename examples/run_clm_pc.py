@@ -9,7 +9,6 @@ Takes the flags of transformers' run_clm.py, every TrainingArguments field, and 
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from clm_data import DataArguments, blocks_of, load_text, train_tokenizer
-from compare import History, StepTimer, finish, train_backprop, train_pc
+from compare import run
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -30,9 +29,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_pc import PCConfig, PCTrainer, PCTrainingArguments
-from hf_pc.cards import write_card
-from hf_pc.trainer import BackpropTrainer
+from hf_pc import PCConfig, PCTrainingArguments
 
 #: where the defaults of the demonstration differ from those of TrainingArguments
 DEMO: dict[str, Any] = {
@@ -159,38 +156,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     train = train.select(range(min(len(train), data_args.max_train_samples or len(train))))
     valid = valid.select(range(min(len(valid), data_args.max_eval_samples or len(valid))))
     options = {"train_dataset": train, "eval_dataset": valid, "data_collator": default_data_collator}
-    weights = copy.deepcopy(model.state_dict()) if model_args.compare_bp and args.do_train else {}
-    timer = StepTimer()
-    trainer = PCTrainer(
-        model=model, args=args, pc_config=pc_config, processing_class=tokenizer, callbacks=[timer], **options
-    )
-    histories: dict[str, History] = {}
-    results, history = train_pc(trainer, timer)
-    if args.do_train:
-        histories["PC"] = history
-        if model_args.compare_bp:
-            found, histories["backprop"] = train_backprop(
-                trainer,
-                lambda args, timer: BackpropTrainer(model=model, args=args, callbacks=[timer], **options),
-                weights,
-            )
-            results |= found
-    main_process = trainer.is_world_process_zero()
-    folder = Path(args.output_dir)
-    if main_process:
-        finish(folder, results, histories)
-        if histories and "pc_perplexity" in results:
-            text = data_args.dataset_name or data_args.train_file or "the Python language reference"
-            write_card(
-                folder, pc_config, results, model_name=folder.name, base_model=model_args.model_name_or_path,
-                dataset=Path(text).name,
-            )  # fmt: skip
-    if args.push_to_hub and main_process:
+    text = data_args.dataset_name or data_args.train_file or "the Python language reference"
+    results, trainer = run(
+        model, args, pc_config, options, compare_bp=model_args.compare_bp, processing_class=tokenizer,
+        card={"base_model": model_args.model_name_or_path, "dataset": Path(text).name},
+    )  # fmt: skip
+    if args.push_to_hub and trainer.is_world_process_zero():
         from huggingface_hub import HfApi
 
         HfApi(token=args.hub_token).upload_folder(
             repo_id=trainer.hub_model_id,
-            folder_path=folder,
+            folder_path=args.output_dir,
             ignore_patterns=["_*", "checkpoint-*", "training_args.bin"],
         )
     return results

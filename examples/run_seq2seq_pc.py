@@ -9,7 +9,6 @@ A file of pairs has the columns "source" and "target". Takes every Seq2SeqTraini
 from __future__ import annotations
 
 import ast
-import copy
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from clm_data import END, DataArguments, load_text
-from compare import History, StepTimer, finish, train_backprop, train_pc
+from compare import run
 from datasets import Dataset, DatasetDict
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -34,7 +33,6 @@ from transformers import (
 )
 
 from hf_pc import PCConfig, PCSeq2SeqTrainer, PCSeq2SeqTrainingArguments
-from hf_pc.cards import write_card
 from hf_pc.trainer import BackpropSeq2SeqTrainer
 
 #: small networks of each type, without dropout so that both sides see the same function
@@ -170,29 +168,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "train_dataset": data["train"], "eval_dataset": data["validation"],
         "data_collator": DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
     }  # fmt: skip
-    weights = copy.deepcopy(model.state_dict())
-    timer = StepTimer()
-    trainer = PCSeq2SeqTrainer(
-        model=model, args=training, pc_config=pc_config, processing_class=tokenizer, callbacks=[timer], **options
-    )
-    histories: dict[str, History] = {}
-    results, histories["PC"] = train_pc(trainer, timer)
-    if args.compare_bp:
-        found, histories["backprop"] = train_backprop(
-            trainer,
-            lambda args, timer: BackpropSeq2SeqTrainer(model=model, args=args, callbacks=[timer], **options),
-            weights,
-        )
-        results |= found
+    results, trainer = run(
+        model, training, pc_config, options, compare_bp=args.compare_bp, processing_class=tokenizer,
+        trainers=(PCSeq2SeqTrainer, BackpropSeq2SeqTrainer),
+        card={
+            "base_model": args.model_name_or_path, "auto_class": "AutoModelForSeq2SeqLM",
+            "dataset": Path(args.train_file).name if args.train_file else "the standard library's signatures",
+        },
+    )  # fmt: skip
     if trainer.is_world_process_zero():
-        folder = Path(training.output_dir)
-        finish(folder, results, histories)
         show_examples(model, tokenizer, pairs["validation"])
-        write_card(
-            folder, pc_config, results, model_name=folder.name, base_model=args.model_name_or_path,
-            dataset=Path(args.train_file).name if args.train_file else "the standard library's signatures",
-            auto_class="AutoModelForSeq2SeqLM",
-        )  # fmt: skip
     return results
 
 

@@ -13,6 +13,14 @@ from huggingface_hub.repocard_data import EvalResult
 from hf_pc.config import PCConfig
 
 TAGS = ["predictive-coding", "hf-pc"]
+#: of each auto class, the task that the Hub knows it by
+TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForImageClassification": "image-classification",
+}
 TEMPLATE = Path(__file__).parent / "templates" / "card.md.jinja"
 
 
@@ -24,11 +32,13 @@ def write_card(
 
     Args:
         folder: where the checkpoint lies.
-        results: the figures of all_results.json; pc_eval_loss and pc_perplexity at least.
+        results: the figures of all_results.json; pc_eval_loss, and pc_accuracy or pc_perplexity, at least.
         base_model: the checkpoint that was fine-tuned; None for a model trained from scratch.
-        dataset: a name for the text it learned from.
+        dataset: a name for the data it learned from.
+        auto_class: one of `TASKS`, what loads the model.
     """
-    task = "text-generation" if auto_class == "AutoModelForCausalLM" else "text2text-generation"
+    task = TASKS[auto_class]
+    metric = "accuracy" if "pc_accuracy" in results else "perplexity"
     data = ModelCardData(
         library_name="transformers",
         tags=TAGS,
@@ -37,14 +47,15 @@ def write_card(
         model_name=model_name,
         eval_results=[
             EvalResult(
-                task_type=task, dataset_type="text", dataset_name=dataset,
-                metric_type="perplexity", metric_value=round(float(results["pc_perplexity"]), 4),
+                task_type=task, dataset_type="image" if task.startswith("image") else "text", dataset_name=dataset,
+                metric_type=metric, metric_value=round(float(results[f"pc_{metric}"]), 4),
             )
         ],
     )  # fmt: skip
     card = ModelCard.from_template(
         data, template_path=str(TEMPLATE), name=model_name, base=base_model, dataset=dataset, results=results,
-        auto_class=auto_class, config=json.dumps(config.to_dict(), indent=2, sort_keys=True),
+        auto_class=auto_class, metric=metric, text=not task.startswith("image"),
+        config=json.dumps(config.to_dict(), indent=2, sort_keys=True),
     )  # fmt: skip
     path = folder / "README.md"
     card.save(path)
