@@ -8,10 +8,7 @@ A file of pairs has the columns "source" and "target". Takes every Seq2SeqTraini
 
 from __future__ import annotations
 
-import ast
 import sys
-import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from accelerate import PartialState
 from clm_data import END, DataArguments, load_text
 from compare import run
 from datasets import Dataset, DatasetDict
+from standard_library import functions
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     CONFIG_MAPPING,
@@ -78,24 +76,6 @@ class Seq2SeqExampleArguments(PCSeq2SeqTrainingArguments):
     resume_from_checkpoint: str | None = None
 
 
-def signatures() -> Iterator[tuple[str, str]]:
-    """Every documented function of the standard library: its signature, and the first line of its docstring."""
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")) + sorted(
-        Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*/*.py")
-    ):
-        if "site-packages" in path.parts or "test" in path.parts:
-            continue
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (doc := ast.get_docstring(node)):
-                line = doc.strip().splitlines()[0] if doc.strip() else ""
-                if line:
-                    yield f"{path.stem} {node.name}({ast.unparse(node.args)})", line
-
-
 def load_pairs(args: Arguments) -> DatasetDict:
     """Splits "train" and "validation", columns "source" and "target"; every tenth pair validates."""
     if args.train_file:
@@ -105,7 +85,7 @@ def load_pairs(args: Arguments) -> DatasetDict:
                 f"--train_file {args.train_file} has the columns {data.column_names}: 'source' and 'target' are needed"
             )
     else:
-        pairs = sorted(set(signatures()))
+        pairs = sorted({(f"{found.module} {found.signature}", found.line) for found in functions()})
         data = Dataset.from_dict({"source": [p[0] for p in pairs], "target": [p[1] for p in pairs]})
     held_out = set(range(0, len(data), 10))
     return DatasetDict(

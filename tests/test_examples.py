@@ -7,11 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
 import equilibrium  # noqa: E402
 import paper_transformer  # noqa: E402
+import run_classification_pc  # noqa: E402
+import run_image_classification_pc  # noqa: E402
+import run_lora_pc  # noqa: E402
+import run_mlm_pc  # noqa: E402
 import run_seq2seq_pc  # noqa: E402
 import step_cost  # noqa: E402
 import toy_pc  # noqa: E402
@@ -98,9 +105,10 @@ def test_seq2seq(tmp_path: Path, kind: str, overrides: str) -> None:
 
 def test_seq2seq_reads_the_standard_library() -> None:
     """The default pairs are many, and are signatures with the first line of their docstring."""
-    pairs = dict(run_seq2seq_pc.signatures())
-    assert len(pairs) > 2000
-    assert any("textwrap dedent(text)" in source for source in pairs)
+    pairs = run_seq2seq_pc.load_pairs(run_seq2seq_pc.Arguments())
+    sources = [*pairs["train"]["source"], *pairs["validation"]["source"]]
+    assert len(sources) > 2000
+    assert "textwrap dedent(text)" in sources
 
 
 def test_wrong_settings_are_named(tmp_path: Path) -> None:
@@ -144,3 +152,48 @@ def test_step_cost(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert [line["sweeps"] for line in lines] == [1, 3]
     assert all(line["time_ratio"] > 0 and line["memory_ratio"] > 0 for line in lines)
     assert [line["limit"] for line in lines] == [1.0, 2.333]
+
+
+TASKS = {
+    "classification": (run_classification_pc, ["--max_train_samples", "64"], "accuracy"),
+    "lora": (run_lora_pc, ["--max_train_samples", "64"], "accuracy"),
+    "mlm": (run_mlm_pc, ["--max_train_samples", "32", "--max_eval_samples", "8"], "perplexity"),
+    "images": (run_image_classification_pc, [], "accuracy"),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_learn_as_backprop_does_at_one_sweep(tmp_path: Path, name: str) -> None:
+    """At T = 1 every task's two sides see the same batches and end alike; checkpoint, figures and card are left."""
+    script, few, metric = TASKS[name]
+    short = ["--max_steps", "3", "--sweeps", "1", "--disable_tqdm", "true", "--report_to", "none"]
+    results = script.main(["--output_dir", str(tmp_path), *short, *few])
+    assert results["pc_eval_loss"] == pytest.approx(results["bp_eval_loss"], rel=1e-4)
+    assert results[f"pc_{metric}"] == pytest.approx(results[f"bp_{metric}"], rel=1e-3)
+    assert (tmp_path / "learning.png").read_bytes().startswith(PNG)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"| {metric} |" in card
+    saved = "adapter_model.safetensors" if name == "lora" else "model.safetensors"
+    assert (tmp_path / saved).is_file()
+
+
+def test_an_adapter_alone_learns_and_loads_with_plain_peft(tmp_path: Path) -> None:
+    """The saved adapter merges into the untouched base model with plain PEFT, and gives what was evaluated."""
+    base = tmp_path / "base"
+    short = ["--max_steps", "2", "--disable_tqdm", "true", "--report_to", "none", "--max_train_samples", "64"]
+    run_classification_pc.main(["--output_dir", str(base), *short, "--compare_bp", "false"])
+    given = ["--model_name_or_path", str(base), "--output_dir", str(tmp_path / "lora"), "--learning_rate", "0.01"]
+    results = run_lora_pc.main([*given, *short, "--compare_bp", "false"])
+    plain = AutoModelForSequenceClassification.from_pretrained(base)
+    before = {name: value.clone() for name, value in plain.named_parameters()}
+    adapted = PeftModel.from_pretrained(plain, tmp_path / "lora")
+    frozen = {name.replace(".base_layer", ""): value for name, value in plain.named_parameters()}
+    assert all(torch.equal(frozen[name], value) for name, value in before.items() if not name.startswith("classifier"))
+    merged = adapted.merge_and_unload().eval()
+    args = run_lora_pc.TextArguments(model_name_or_path=str(base), max_train_samples=64)
+    data = run_lora_pc.load(args)
+    rows = run_lora_pc.options(args, data, run_lora_pc.tokenizer_of(args, data))["eval_dataset"]
+    collate = DataCollatorWithPadding(run_lora_pc.tokenizer_of(args, data))
+    inputs = collate([{key: row[key] for key in ("input_ids", "attention_mask", "label")} for row in rows])
+    with torch.no_grad():
+        assert merged(**inputs).loss.item() == pytest.approx(results["pc_eval_loss"], rel=1e-4)

@@ -41,8 +41,9 @@ def plot_run(path: Path, histories: Mapping[str, History], pc: str = "PC") -> Pa
         shown = label.removeprefix("energy/") if len(nodes) <= 12 or index in (0, len(nodes) - 1) else None
         energies.plot(*_series(histories[pc], label), color=shade, label=shown)
     energies.set(xlabel="optimiser step", ylabel="nats per token", title="Energy of every node at the relaxed states")
-    if nodes:
+    if any(value > 0 for label in nodes for value in _series(histories[pc], label)[1]):  # at T = 1 all are zero
         energies.set_yscale("log")
+    if nodes:
         energies.legend(fontsize="small")
     for axes in (curves, energies):
         axes.grid(alpha=0.25)

@@ -1,0 +1,108 @@
+"""Classify images by predictive coding, and by backprop from the same start.
+
+    accelerate launch examples/run_image_classification_pc.py            # scikit-learn's digits, a small ViT
+    accelerate launch examples/run_image_classification_pc.py --model_name_or_path M --train_dir FOLDER
+
+A folder holds one folder of images per class. Takes every TrainingArguments and every PCConfig field.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from compare import run
+from datasets import Dataset, DatasetDict, load_dataset
+from text_task import TaskTrainingArguments, accuracy
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    HfArgumentParser,
+    ViTConfig,
+    set_seed,
+)
+
+from hf_pc import PCConfig
+
+#: a small ViT for images of 8 x 8
+SMALL = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 64, "num_hidden_layers": 4,
+         "num_attention_heads": 4, "intermediate_size": 128, "hidden_dropout_prob": 0.0}  # fmt: skip
+
+
+@dataclass
+class ImageArguments:
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A checkpoint to start from."})
+    train_dir: str | None = field(default=None, metadata={"help": "A folder of images, one folder per class."})
+    train_val_split: float = field(default=0.15, metadata={"help": "Share of the images to validate on."})
+    compare_bp: bool = field(default=True, metadata={"help": "Train by backprop too, from the same start."})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.train_val_split < 1:
+            raise ValueError(f"--train_val_split {self.train_val_split} is not allowed: 0 to 1 is needed")
+        if self.train_dir is not None and not Path(self.train_dir).is_dir():
+            raise ValueError(f"--train_dir {self.train_dir}: there is no such folder")
+        if (self.train_dir is None) != (self.model_name_or_path is None):
+            raise ValueError(
+                "--train_dir needs --model_name_or_path, and the reverse: a checkpoint says how to read images"
+            )
+
+
+def load(args: ImageArguments, seed: int) -> tuple[DatasetDict, list[str]]:
+    """Splits "train" and "validation" with "pixel_values" and "labels", and the names of the classes."""
+    if args.train_dir is None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        pixels = (digits.images[:, None] / 8 - 1).astype(np.float32)
+        data, names = Dataset.from_dict({"pixel_values": pixels, "labels": digits.target}), list(map(str, range(10)))
+    else:
+        raw = load_dataset("imagefolder", data_dir=args.train_dir, split="train")
+        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+        names = raw.features["label"].names
+
+        def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
+            images = [image.convert("RGB") for image in rows["image"]]
+            return {"pixel_values": processor(images)["pixel_values"], "labels": rows["label"]}
+
+        data = raw.map(encode, batched=True, remove_columns=raw.column_names, load_from_cache_file=False)
+    split = data.train_test_split(args.train_val_split, seed=seed)
+    return DatasetDict(train=split["train"], validation=split["test"]), names
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = HfArgumentParser((ImageArguments, TaskTrainingArguments, PCConfig))  # type: ignore[arg-type]
+    parser.set_defaults(output_dir="runs/images", learning_rate=1e-3, per_device_train_batch_size=32)
+    args, training, pc_config = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
+    training.do_train = training.do_eval = True
+    set_seed(training.seed)
+    data, names = load(args, training.seed)
+    labels: dict[str, Any] = {"num_labels": len(names), "id2label": dict(enumerate(names)),
+                              "label2id": {name: i for i, name in enumerate(names)}}  # fmt: skip
+    if args.model_name_or_path:
+        config = AutoConfig.from_pretrained(args.model_name_or_path, **labels)
+        model = AutoModelForImageClassification.from_pretrained(
+            args.model_name_or_path, config=config, ignore_mismatched_sizes=True
+        )
+    else:
+        model = AutoModelForImageClassification.from_config(ViTConfig(**SMALL, **labels))
+    results, _ = run(
+        model, training, pc_config,
+        {"train_dataset": data["train"], "eval_dataset": data["validation"], "compute_metrics": accuracy},
+        compare_bp=args.compare_bp,
+        card={"base_model": args.model_name_or_path, "auto_class": "AutoModelForImageClassification",
+              "dataset": Path(args.train_dir).name if args.train_dir else "scikit-learn's digits"},
+    )  # fmt: skip
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
+    PartialState().destroy_process_group()  # left to the interpreter's exit, it may abort it
