@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -67,10 +68,16 @@ def test_paper_transformer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "3",
         "--seeds",
         "2",
+        "--output_dir",
+        str(tmp_path / "out"),
     ]
-    found = paper_transformer.main(["--train_file", str(text), *size, "--learning_rates", "1e-3", "2e-3"])
+    every = list(paper_transformer.methods(argparse.Namespace(sweeps=2, relaxed_fraction=0.1)))
+    rates = ["--learning_rates", "1e-3", "2e-3"]
+    found = paper_transformer.main(["--train_file", str(text), *size, *rates, "--methods", *every])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 5 * 3
+    assert (tmp_path / "out" / "learning.png").read_bytes().startswith(PNG)
+    assert [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()] == found
     assert [line["method"] for line in found] == list(dict.fromkeys(line["method"] for line in lines))
     for line in found:
         assert set(line["validation_loss_by_rate"]) == {"0.001", "0.002"}
@@ -130,6 +137,7 @@ def test_equilibrium(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"line {i}: the square of {i} is {i * i}." for i in range(100)) + "\n" + "zebra! " * 60)
     size = ["--hidden", "16", "--layers", "2", "--heads", "2", "--sequence", "16", "--batch", "4", "--steps", "3"]
+    size += ["--output_dir", str(tmp_path / "out")]
     found = equilibrium.main(
         ["--train_file", str(text), *size, "--seeds", "1", "--learning_rates", "1e-3", "--relaxed_fractions", "0.1"]
     )

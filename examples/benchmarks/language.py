@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report import picture, show
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
-from hf_pc import PCConfig, PCModel
+from hf_pc import PCConfig, PCModel, RelaxationOutput
 from hf_pc.output import Output
 from hf_pc.relaxation import regime
 
@@ -42,7 +43,8 @@ def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentPars
     for name in ("steps", "batch", "layers", "hidden", "heads", "sequence", "sweeps", "seeds"):
         parser.add_argument(f"--{name}", type=positive, default=defaults[name])
     parser.add_argument("--learning_rates", type=float, nargs="+", default=defaults["learning_rates"])
-    parser.add_argument("--methods", nargs="+", help="some of them; default: all")
+    parser.add_argument("--methods", nargs="+", default=defaults.get("methods"), help="some of them; default: all")
+    parser.add_argument("--output_dir", type=Path, default=defaults["output_dir"], help="for table and figure")
     return parser
 
 
@@ -97,17 +99,18 @@ def loss_of(model: GPT2LMHeadModel, stream: Tensor, length: int) -> float:
     return nats / tokens
 
 
-def gradient(model: GPT2LMHeadModel, pc: PCModel | None, batch: Batch) -> Any:
-    """Fill every weight's `.grad` by PC or by backprop; PC's report."""
+def gradient(model: GPT2LMHeadModel, pc: PCModel | None, batch: Batch) -> tuple[RelaxationOutput | None, float]:
+    """Fill every weight's `.grad` by PC or by backprop; PC's report, and the loss of a plain forward pass."""
     batch = {name: ids.to(model.device) for name, ids in batch.items()}
     if pc is not None:
         found = pc.accumulate_grad(**batch)
         pc.steer()
-        return found
+        return found, found.feedforward_energy
     output = Output.of(model)
     inputs, labels = output.split(batch)
-    (output.energy(model(**inputs).logits, labels).sum() / output.count(labels)).backward()
-    return None
+    loss = output.energy(model(**inputs).logits, labels).sum() / output.count(labels)
+    loss.backward()
+    return None, loss.item()
 
 
 def train(
@@ -119,22 +122,24 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=args.steps, pct_start=0.1)
     pc = PCModel(model, config) if config else None
     facts: list[tuple[float, ...]] = []
+    losses: list[float] = []
     model.train()
     batches = windows(text.train, args.sequence, args.batch, args.steps, seed)
     for batch in tqdm(batches, total=args.steps, desc=title, leave=False):
         optimizer.zero_grad()
-        found = gradient(model, pc, batch)
+        found, loss = gradient(model, pc, batch)
+        losses.append(loss)
         if found is not None:
             facts.append((found.relaxed_fraction, found.residual, found.refused, found.sweeps))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
     if pc is None:
-        return {}
+        return {"losses": losses}
     pc.detach()
     fraction, residual, refused, sweeps = (statistics.fmean(values) for values in zip(*facts, strict=True))
     return {"relaxed_fraction": fraction, "residual": residual, "refused": refused, "sweeps": sweeps,
-            "regime": regime(fraction, residual)}  # fmt: skip
+            "regime": regime(fraction, residual), "losses": losses}  # fmt: skip
 
 
 def step_ratio(model: GPT2LMHeadModel, config: PCConfig, text: Text, args: argparse.Namespace, pairs: int) -> float:
@@ -157,6 +162,15 @@ def step_ratio(model: GPT2LMHeadModel, config: PCConfig, text: Text, args: argpa
     return statistics.median(ratios[2:])
 
 
+def _mean(regimes: list[dict[str, Any]]) -> dict[str, Any]:
+    """The regime over all seeds; nothing of backprop."""
+    means = {
+        name: statistics.fmean(facts[name] for facts in regimes) for name, value in regimes[0].items()
+        if isinstance(value, float)
+    }  # fmt: skip
+    return means | {"regime": regime(means["relaxed_fraction"], means["residual"])} if means else {}
+
+
 def compare(
     methods: dict[str, PCConfig | None], text: Text, args: argparse.Namespace, pairs: int = 10
 ) -> list[dict[str, Any]]:
@@ -171,6 +185,8 @@ def compare(
     for name in args.methods or []:
         if name not in methods:
             raise ValueError(f"--methods {name} is unknown; allowed: {', '.join(methods)}")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    curves: dict[str, list[list[float]]] = {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     setting = {n: getattr(args, n) for n in ("steps", "batch", "layers", "hidden", "heads", "sequence")}
     setting["machine"] = (
@@ -189,18 +205,24 @@ def compare(
             loss = loss_of(model, text.validation, args.sequence)
             tried[rate] = (loss if math.isfinite(loss) else math.inf, model, facts)
         rate = min(tried, key=lambda r: tried[r][0])
-        perplexities = []
+        perplexities, regimes = [], []
         for seed in range(args.seeds):
             model, facts = tried[rate][1:] if seed == 0 else run(name, seed, rate)
+            curves.setdefault(name, []).append(facts.pop("losses"))
+            regimes.append(facts)
             perplexities.append(math.exp(min(700.0, loss_of(model, text.test, args.sequence))))
             line = {"method": name, "seed": seed, "learning_rate": rate, "test_perplexity": perplexities[-1], **facts}
             print(json.dumps(line), flush=True)
         config = methods[name]
         lines.append({
             "method": name, "mean": statistics.fmean(perplexities),
-            "spread": statistics.stdev(perplexities) if args.seeds > 1 else None, **facts,
+            "spread": statistics.stdev(perplexities) if args.seeds > 1 else None, **_mean(regimes),
             "validation_loss_by_rate": {f"{r:g}": round(tried[r][0], 4) for r in tried},
             "step_time_ratio": step_ratio(model, config, text, args, pairs) if config else 1.0, **setting,
         })  # fmt: skip
         print(json.dumps(lines[-1]), flush=True)
+    results = "".join(json.dumps(line) + "\n" for line in lines)
+    (args.output_dir / "results.jsonl").write_text(results, encoding="utf-8")
+    picture(args.output_dir / "learning.png", lines, curves)
+    show(lines)
     return lines
