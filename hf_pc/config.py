@@ -111,8 +111,8 @@ class PCConfig:
             several phases relaxes several times. T = 1 is backprop for Gaussian nodes of the `error` solver at step 1
             or "auto".
         step_size: "auto" (each sequence's free energy never rises) or a number in units of 1/precision.
-        state_optimizer: the name of a class of torch.optim that moves the states of the `state` and `lagrangian`
-            solvers; `step_size` is its learning rate. None steps down the gradient.
+        state_optimizer: a class of torch.optim, "Adam" or "SGD(momentum=0.9)", that moves the states of the `state`
+            and `lagrangian` solvers; `step_size` is its learning rate. None steps down the gradient.
         weight_update: "final" (weights learn once the states have relaxed) or "every_sweep" (incremental PC, arXiv
             2212.00720: weights move with the states, by the Trainer's optimizer; solvers "state" and "lagrangian").
         tolerance: residual under which a sequence is at rest and moves no more (with step "auto"); the relaxation
@@ -150,7 +150,9 @@ class PCConfig:
     step_size: float | str | None = field(
         default="auto", metadata={"help": '"auto" or a number, units of 1/precision.'}
     )
-    state_optimizer: str | None = field(default=None, metadata={"help": "A class of torch.optim for the states."})
+    state_optimizer: str | None = field(
+        default=None, metadata={"help": "A class of torch.optim for the states, such as Adam or SGD(momentum=0.9)."}
+    )
     weight_update: Literal["final", "every_sweep"] = field(
         default="final", metadata={"help": "Weights move after relaxation, or at every sweep (iPC)."}
     )
@@ -235,11 +237,10 @@ class PCConfig:
             )
         if name is None:
             return
-        import torch
+        from hf_pc.solvers.optimizers import parse_optimizer
 
-        unfit = ("Optimizer", "LBFGS", "SparseAdam", "Muon")  # for dense tensors of any shape, one step a gradient
-        if not isinstance(getattr(torch.optim, str(name), None), type) or name in unfit:
-            raise ValueError(f"PCConfig.state_optimizer={name!r} is no class of torch.optim, such as 'SGD'")
+        _check_string("PCConfig", "state_optimizer", name)
+        parse_optimizer(name)
         if not solver.takes_optimizer:
             raise ValueError(f"PCConfig.state_optimizer={name!r} needs solver='state', not {self.solver!r}")
         if self.step_size == "auto":

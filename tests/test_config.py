@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,23 @@ def test_scales_that_run_over(name: str, value: object) -> None:
 def test_replacing_the_strength() -> None:
     """The default target gives way to a strength that dataclasses.replace sets."""
     assert dataclasses.replace(PCConfig(), precision=2.0).relaxed_fraction is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Sgd", "Sgd is no class of torch.optim"),
+        ("LBFGS", "no class of torch.optim for dense"),
+        ("SGD(momentum=", "never closed"),
+        ("SGD(0.1)", "named arguments"),
+        ("SGD(lr=0.1)", "its learning rate is step_size"),
+        ("SGD(speed=1)", "speed"),
+        ("SGD(momentum=-1)", "momentum"),
+        ("__import__('os').system('true')", "a name, or a name with named arguments"),
+        ("SGD(momentum=print())", "not allowed"),
+    ],
+)
+def test_state_optimizers_that_cannot_be(text: str, message: str) -> None:
+    """What is no class of torch.optim with literal arguments is an error by name, and runs nothing."""
+    with pytest.raises(ValueError, match=r"PCConfig\.state_optimizer=.*" + re.escape(message)):
+        PCConfig(solver="state", step_size=0.1, state_optimizer=text)

@@ -52,7 +52,9 @@ def test_equilibrium_is_least_squares(settings: str, residual: bool) -> None:
     assert found.residual < 1e-5
 
 
-@pytest.mark.parametrize(("name", "step"), [("SGD", 0.3), ("Adam", 0.02), ("RMSprop", 0.001)])
+@pytest.mark.parametrize(
+    ("name", "step"), [("SGD", 0.3), ("SGD(momentum=0.8)", 0.1), ("Adam", 0.02), ("RMSprop(alpha=0.99)", 0.001)]
+)
 def test_a_torch_optimizer_moves_the_states(name: str, step: float) -> None:
     """Any class of torch.optim reaches the same equilibrium, as near as its own steps let it come."""
     model = LinearChain()

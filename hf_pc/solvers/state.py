@@ -24,6 +24,7 @@ from hf_pc.node import LEARN, RELAX, Site
 from hf_pc.relaxation import Relaxation
 from hf_pc.solvers.base import Solver, register_solver
 from hf_pc.solvers.descent import Descent
+from hf_pc.solvers.optimizers import parse_optimizer
 
 if TYPE_CHECKING:
     from hf_pc.config import PCConfig
@@ -204,7 +205,8 @@ class _Optimizing(_Mover):
         if self.optimizer is None:
             self.start = [site.leaf.detach() for site in sites]
             self.moved = [torch.zeros_like(leaf) for leaf in self.start]
-            self.optimizer = getattr(torch.optim, self.name)(self.moved, lr=self.step)
+            cls, arguments = parse_optimizer(self.name)
+            self.optimizer = cls(self.moved, lr=self.step, **arguments)  # type: ignore[call-arg]
         for site, moved, gradient in zip(sites, self.moved, gradients, strict=True):
             moved.grad = site.step(gradient) * site.precision.sqrt()
         self.optimizer.step()
