@@ -71,7 +71,7 @@ def test_paper_transformer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "--output_dir",
         str(tmp_path / "out"),
     ]
-    every = list(paper_transformer.methods(argparse.Namespace(sweeps=2, relaxed_fraction=0.1)))
+    every = list(paper_transformer.methods(argparse.Namespace(sweeps=2, relaxed_fraction=0.1, precisions=[1.0])))
     rates = ["--learning_rates", "1e-3", "2e-3"]
     found = paper_transformer.main(["--train_file", str(text), *size, *rates, "--methods", *every])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -28,17 +28,16 @@ DEFAULTS = {"steps": 100, "batch": 16, "layers": 1, "hidden": 128, "heads": 8, "
 
 
 def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:
-    """Backprop; KL and Gaussian attention logits, steered to one regime and at the paper's precision of 1."""
+    """Backprop; KL and Gaussian attention logits, steered to one regime and at fixed precisions (the paper's is 1)."""
     common: dict[str, Any] = {"nodes": "linear", "sweeps": args.sweeps}
     steered = common | {"relaxed_fraction": args.relaxed_fraction}
-    paper = common | {"precision": 1.0}
-    return {
-        "backprop": None,
-        "pc_kl": PCConfig(attention_energy="categorical", **steered),
-        "pc_gaussian": PCConfig(attention_energy="gaussian", **steered),
-        "pc_kl_precision_1": PCConfig(attention_energy="categorical", **paper),
-        "pc_gaussian_precision_1": PCConfig(attention_energy="gaussian", **paper),
-    }
+    energies = {"pc_kl": "categorical", "pc_gaussian": "gaussian"}
+    found = {"backprop": None} | {n: PCConfig(attention_energy=energy, **steered) for n, energy in energies.items()}
+    for precision in args.precisions:
+        for name, energy in energies.items():
+            config = PCConfig(attention_energy=energy, precision=precision, **common)
+            found[f"{name}_precision_{precision:g}"] = config
+    return found
 
 
 def load(args: argparse.Namespace) -> Text:
@@ -53,6 +52,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = arguments(__doc__, **DEFAULTS)
     parser.add_argument("--vocabulary", type=positive, default=8001)
     parser.add_argument("--relaxed_fraction", type=float, default=0.05)
+    parser.add_argument(
+        "--precisions", type=float, nargs="+", default=[1.0], help="for methods such as pc_kl_precision_1"
+    )
     args = parser.parse_args(argv)
     return compare(methods(args), load(args), args)
 
