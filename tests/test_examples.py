@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
 import equilibrium  # noqa: E402
+import gradient_bias  # noqa: E402
 import paper_transformer  # noqa: E402
 import run_classification_pc  # noqa: E402
 import run_image_classification_pc  # noqa: E402
@@ -205,3 +206,15 @@ def test_an_adapter_alone_learns_and_loads_with_plain_peft(tmp_path: Path) -> No
     inputs = collate([{key: row[key] for key in ("input_ids", "attention_mask", "label")} for row in rows])
     with torch.no_grad():
         assert merged(**inputs).loss.item() == pytest.approx(results["pc_eval_loss"], rel=1e-4)
+
+
+def test_gradient_bias(tmp_path: Path) -> None:
+    """One line per choice of nodes and rule; the rules of higher order are nearer to backprop."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {i}: the square of {i} is {i * i}." for i in range(200)) + "\n")
+    size = ["--hidden", "16", "--layers", "2", "--heads", "2", "--sequence", "16", "--batch", "4", "--steps", "20"]
+    found = gradient_bias.main(["--train_file", str(text), *size, "--nodes", "block", "transformer.h.1"])
+    assert [line["nodes"] for line in found] == ["block"] * 3 + ["transformer.h.1"] * 3
+    for plain, centred, extrapolated in (found[:3], found[3:]):
+        assert plain["distance"] > centred["distance"] > extrapolated["distance"] > 0
+        assert plain["relaxed_fraction"] == pytest.approx(0.1, rel=0.2)
