@@ -193,10 +193,11 @@ class PCModel:
                     )
                 yield self.relaxation
         finally:
-            self._before = self.relaxation if len(self.phases) > 1 else None
+            last = phase is self.phases[-1] or phase is PLAIN
+            self._before = None if last else self.relaxation
             self.relaxation = self._random = self._confirm = None
             self._states = {}
-            if phase is self.phases[-1] or phase is PLAIN:
+            if last:
                 self._first_prediction.forget()
 
     def learning_pass(
