@@ -62,7 +62,7 @@ class PCModel:
         self.phases: tuple[Phase, ...] = RULES[self.config.learning]
         self.relaxation: Relaxation | None = None
         self._before: Relaxation | None = None
-        self._first_prediction = FirstPrediction(self._module_nodes[0].module)
+        self._first_prediction = FirstPrediction(model, self._module_nodes[0].module)
         self._own_labels: Tensor | None = None
         self._random: RandomState | None = None
         self._confirm: Callable[[], bool] | None = None
@@ -182,22 +182,24 @@ class PCModel:
         if first:  # the phases of a step see the same dropout masks
             self._dropout_state = RandomState(p.device for p in self.model.parameters())
         self._random = self._dropout_state
+        over = True  # also where an exception ends the step
         try:
             with self._dropout():
                 with ExitStack() as relaxing:
                     if weight_step is None:
                         relaxing.enter_context(self._frozen())
-                        relaxing.enter_context(self._first_prediction.reused())
+                        if not routes(self.model, batch):  # whose losses are gathered inside the blocks
+                            relaxing.enter_context(self._first_prediction.reused())
                     self._confirm = self.solver.relax(
                         self.relaxation, lambda: self._pass(self.model, batch, labels)[1], weight_step
                     )
                 yield self.relaxation
+            over = phase is self.phases[-1] or phase is PLAIN
         finally:
-            last = phase is self.phases[-1] or phase is PLAIN
-            self._before = None if last else self.relaxation
+            self._before = None if over else self.relaxation
             self.relaxation = self._random = self._confirm = None
             self._states = {}
-            if last:
+            if over:
                 self._first_prediction.forget()
 
     def learning_pass(

@@ -77,7 +77,9 @@ class Relaxation:
             if site.first_move is None or site.last_move is None:  # one sweep: the first phase never left its rest
                 site.leaf = torch.zeros_like(site.leaf).requires_grad_()
             else:
-                site.leaf = torch.lerp(b * site.first_move, b * site.last_move, b).requires_grad_()
+                start = torch.lerp(b * site.first_move, b * site.last_move, b)
+                # a gradient that overflowed in mixed precision is the scaler's matter: its errors start at rest
+                site.leaf = torch.where(start.isfinite(), start, 0.0).requires_grad_()
         ratio = b / before.phase.strength
         assert before.feedforward_energy is not None
         self.feedforward_energy = ratio * before.feedforward_energy

@@ -19,10 +19,12 @@ class FirstPrediction:
     """Runs the first node's module once per step.
 
     Args:
-        guess: what is taken for it until a pass has shown which node fires first.
+        model: the whole model; its devices have the generators.
+        guess: what is taken for the module until a pass has shown which node fires first.
     """
 
-    def __init__(self, guess: nn.Module) -> None:
+    def __init__(self, model: nn.Module, guess: nn.Module) -> None:
+        self._model = model
         self._module: nn.Module | None = guess
         self._kept: tuple[Any, RandomState] | None = None
         self._ran = self._mistaken = False
@@ -56,7 +58,7 @@ class FirstPrediction:
             if self._kept is None:
                 output = compute(*args, **kwargs)
                 if _repeats(args, kwargs, output):
-                    self._kept = output, RandomState(p.device for p in module.parameters())
+                    self._kept = output, RandomState(p.device for p in self._model.parameters())
                 return output
             output, random = self._kept
             random.restore()

@@ -119,6 +119,11 @@ class PCTrainerMixin(TokenLossMixin):
             raise ValueError(f"--dynamo_backend {backend} is not supported: a compiled model skips the hooks of nodes")
         if self.pc_config.weight_update == "every_sweep" and getattr(args, "curvature_steps", None):
             raise ValueError(f"curvature_steps={args.curvature_steps} cannot be had with weight_update='every_sweep'")
+        drops = [n for n in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+                 if getattr(getattr(model, "config", None), n, 0)]  # fmt: skip
+        if args.world_size > 1 and drops:
+            raise ValueError(f"{drops[0]}={getattr(model.config, drops[0])} is not supported with several processes: "
+                             "each would have nodes of its own; set it to 0")  # fmt: skip
         if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
             raise ValueError("DeepSpeed is not supported: it owns the backward pass")
         if args.torch_compile:

@@ -124,6 +124,8 @@ def test_replacing_the_strength() -> None:
         ("SGD(momentum=-1)", "momentum"),
         ("__import__('os').system('true')", "a name, or a name with named arguments"),
         ("SGD(momentum=print())", "not allowed"),
+        ("Adam(betas=(0.9,))", "not allowed"),
+        ("Adam(foreach=True, fused=True)", "not allowed"),
     ],
 )
 def test_state_optimizers_that_cannot_be(text: str, message: str) -> None:

@@ -136,3 +136,12 @@ def test_phases_need_the_automatic_step() -> None:
     """With a fixed step the phases relax by unequal amounts, and their even orders would not cancel: an error."""
     with pytest.raises(ValueError, match=r"needs step_size='auto', not 0\.5"):
         PCConfig(learning="centred", step_size=0.5)
+
+
+def test_an_overflow_in_one_phase_stays_there() -> None:
+    """Where the first phase's gradients overflow, as under a loss scale, the next one starts at rest and is finite."""
+    pc = PCModel(make("gpt2"), PCConfig(relative_std=0.5, sweeps=3, learning="centred"))
+    for phase, scale in zip(pc.phases, (3e39, 1.0), strict=True):
+        with pc.relaxed(batch(), phase=phase) as relaxation:
+            (scale * pc.learning_pass(batch())[0]).backward()
+            assert relaxation.free_energy().isfinite().all()

@@ -15,9 +15,9 @@ from hf_pc import PCConfig, PCModel
 from hf_pc.reuse import FirstPrediction
 
 
-def mixtral() -> Any:
+def mixtral(layers: int = 2) -> Any:
     set_seed(0)
-    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": layers}
     rest = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "output_router_logits": True}
     return MixtralForCausalLM(MixtralConfig(**sizes, **rest)).train()
 
@@ -74,7 +74,7 @@ def test_a_module_that_may_write_to_its_arguments_runs_every_time() -> None:
 
     for given, calls in (({}, 1), ({"cache": {}}, 3)):
         module = Writes()
-        first = FirstPrediction(module)
+        first = FirstPrediction(module, module)
         with first.reused():
             for _ in range(3):
                 first.begin_pass()
@@ -100,3 +100,20 @@ def test_nodes_that_fire_out_of_order() -> None:
     pc = PCModel(model, config)
     for _ in range(2):  # the second step knows which is first
         assert pc.relax(**inputs).residual < 1e-8
+
+
+def test_a_router_in_the_first_block_alone() -> None:
+    """What is gathered inside the first block is there in every pass: its router's loss is not lost."""
+    model = mixtral(layers=1)
+    out = PCModel(model, PCConfig(sweeps=4, relative_std=0.5)).accumulate_grad(**batch())
+    assert out.residual < 0.1
+    assert all(p.grad is not None for name, p in model.named_parameters() if "gate" in name)
+
+
+def test_nothing_is_kept_after_an_exception() -> None:
+    """An exception in the first of several phases leaves neither the kept output nor the phase's errors."""
+    pc = PCModel(make("gpt2"), PCConfig(sweeps=3, relative_std=0.5, learning="centred"))
+    with pytest.raises(MemoryError), pc.relaxed(batch(), phase=pc.phases[0]):
+        raise MemoryError
+    assert pc._first_prediction._kept is None
+    assert pc._before is None

@@ -329,6 +329,16 @@ def test_accumulation_with_states(tmp_path: Path, solver: str) -> None:
     assert (whole - halves).norm() / whole.norm() < 1e-6
 
 
+def test_layer_drop_over_several_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that drop different layers would have different nodes: an error by name, before any folder is made."""
+    model = make("gpt2")
+    model.config.layerdrop = 0.1
+    monkeypatch.setattr(PCTrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match=r"layerdrop=0\.1 is not supported with several processes"):
+        trainer(tmp_path / "none", model=model)
+    assert not (tmp_path / "none").exists()
+
+
 def test_dropout_off(tmp_path: Path) -> None:
     """With dropout="off" no pass of a step drops anything, though the Trainer calls train(); evaluation is as ever."""
     off = PCConfig(sweeps=3, relative_std=0.3, dropout="off")

@@ -29,6 +29,6 @@ def parse_optimizer(text: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
         if "lr" in arguments:
             raise ValueError("its learning rate is step_size")
         cls([torch.zeros(1)], lr=1.0, **arguments)  # type: ignore[call-arg]
-    except (SyntaxError, TypeError, ValueError) as error:
+    except (SyntaxError, TypeError, ValueError, LookupError, RuntimeError) as error:
         raise ValueError(f"PCConfig.state_optimizer={text!r} is not allowed: {error}") from None
     return cls, arguments
