@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from task import at_least
 from transformers import PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
@@ -34,9 +35,7 @@ class DataArguments:
         if not 0 < self.validation_split_percentage < 100:
             raise ValueError(f"--validation_split_percentage {self.validation_split_percentage}: 1 to 99 is needed")
         for name in ("block_size", "max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            if value is not None and value < (2 if name == "block_size" else 1):
-                raise ValueError(f"--{name} {value} is too small")
+            at_least(name, getattr(self, name), 2 if name == "block_size" else 1)
         for name in ("train_file", "validation_file"):
             path = getattr(self, name)
             if path is not None:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from clm_data import DataArguments, blocks_of, load_text, train_tokenizer
 from compare import run
+from task import CommonArguments, first, launch
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -44,8 +44,7 @@ DEMO_MODEL += ",resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0"
 
 
 @dataclass
-class ModelArguments:
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A checkpoint to start from."})
+class ModelArguments(CommonArguments):
     model_type: str = field(default="gpt2", metadata={"help": "The type of a model trained from scratch."})
     config_name: str | None = field(default=None, metadata={"help": "A configuration to train from scratch."})
     config_overrides: str | None = field(default=None, metadata={"help": "n_embd=10,n_layer=2: changes to it."})
@@ -55,7 +54,6 @@ class ModelArguments:
     token: str | None = field(default=None, metadata={"help": "For private repositories."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     dtype: str | None = field(default=None, metadata={"help": "auto, bfloat16, float16 or float32."})
-    compare_bp: bool = field(default=True, metadata={"help": "Train by backprop too, from the same start."})
 
     def __post_init__(self) -> None:
         allowed = (None, "auto", "bfloat16", "float16", "float32")
@@ -152,9 +150,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     data = load_text(data_args, model_args.cache_dir, model_args.token)
     model, tokenizer = load_model_and_tokenizer(model_args, data)
     data = blocks_of(data, tokenizer, choose_block_size(data_args.block_size, model, tokenizer))
-    train, valid = data["train"], data["validation"]
-    train = train.select(range(min(len(train), data_args.max_train_samples or len(train))))
-    valid = valid.select(range(min(len(valid), data_args.max_eval_samples or len(valid))))
+    train, valid = (
+        first(data["train"], data_args.max_train_samples),
+        first(data["validation"], data_args.max_eval_samples),
+    )
     options = {"train_dataset": train, "eval_dataset": valid, "data_collator": default_data_collator}
     text = data_args.dataset_name or data_args.train_file or "the Python language reference"
     results, trainer = run(
@@ -173,8 +172,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
-    PartialState().destroy_process_group()  # left to the interpreter's exit, it may abort it
+    launch(main)

@@ -8,26 +8,20 @@ A folder holds one folder of images per class. Takes every TrainingArguments and
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from compare import run
 from datasets import Dataset, DatasetDict, load_dataset
-from text_task import TaskTrainingArguments, accuracy
+from task import CommonArguments, TaskTrainingArguments, accuracy, class_labels, launch, parse
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
-    HfArgumentParser,
     ViTConfig,
-    set_seed,
 )
-
-from hf_pc import PCConfig
 
 #: a small ViT for images of 8 x 8
 SMALL = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 64, "num_hidden_layers": 4,
@@ -35,11 +29,9 @@ SMALL = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 64,
 
 
 @dataclass
-class ImageArguments:
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A checkpoint to start from."})
+class ImageArguments(CommonArguments):
     train_dir: str | None = field(default=None, metadata={"help": "A folder of images, one folder per class."})
     train_val_split: float = field(default=0.15, metadata={"help": "Share of the images to validate on."})
-    compare_bp: bool = field(default=True, metadata={"help": "Train by backprop too, from the same start."})
 
     def __post_init__(self) -> None:
         if not 0 < self.train_val_split < 1:
@@ -75,14 +67,12 @@ def load(args: ImageArguments, seed: int) -> tuple[DatasetDict, list[str]]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = HfArgumentParser((ImageArguments, TaskTrainingArguments, PCConfig))  # type: ignore[arg-type]
-    parser.set_defaults(output_dir="runs/images", learning_rate=1e-3, per_device_train_batch_size=32)
-    args, training, pc_config = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
-    training.do_train = training.do_eval = True
-    set_seed(training.seed)
+    args, training, pc_config = parse(
+        (ImageArguments, TaskTrainingArguments), argv,
+        output_dir="runs/images", learning_rate=1e-3, per_device_train_batch_size=32,
+    )  # fmt: skip
     data, names = load(args, training.seed)
-    labels: dict[str, Any] = {"num_labels": len(names), "id2label": dict(enumerate(names)),
-                              "label2id": {name: i for i, name in enumerate(names)}}  # fmt: skip
+    labels = class_labels(names)
     if args.model_name_or_path:
         config = AutoConfig.from_pretrained(args.model_name_or_path, **labels)
         model = AutoModelForImageClassification.from_pretrained(
@@ -101,8 +91,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
-    PartialState().destroy_process_group()  # left to the interpreter's exit, it may abort it
+    launch(main)

@@ -8,17 +8,12 @@ The task is run_classification_pc.py's. The adapter is saved as PEFT saves it an
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from accelerate import PartialState
-from compare import run
 from peft import LoraConfig, TaskType, get_peft_model
-from text_task import TaskTrainingArguments, TextArguments, dataset_name, load, model_of, options, tokenizer_of
-from transformers import HfArgumentParser, set_seed
-
-from hf_pc import PCConfig
+from task import TaskTrainingArguments, at_least, launch, parse
+from text_task import TextArguments, train
 
 
 @dataclass
@@ -31,32 +26,23 @@ class LoraArguments:
     )
     use_dora: bool = False
 
+    def __post_init__(self) -> None:
+        at_least("lora_r", self.lora_r, 1)
+        at_least("lora_alpha", self.lora_alpha, 1)
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout {self.lora_dropout} is not allowed: 0 to 1 is needed")
+
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = HfArgumentParser((TextArguments, LoraArguments, TaskTrainingArguments, PCConfig))  # type: ignore[arg-type]
-    parser.set_defaults(output_dir="runs/lora", learning_rate=2e-3)
-    args, lora, training, pc_config = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
-    training.do_train = training.do_eval = True
-    set_seed(training.seed)
-    data = load(args)
-    tokenizer = tokenizer_of(args, data)
+    args, lora, training, pc_config = parse(
+        (TextArguments, LoraArguments, TaskTrainingArguments), argv, output_dir="runs/lora", learning_rate=2e-3
+    )
     settings = LoraConfig(
         task_type=TaskType.SEQ_CLS, r=lora.lora_r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout,
         target_modules=lora.lora_target_modules, use_dora=lora.use_dora,
     )  # fmt: skip
-    model = get_peft_model(model_of(args, data, tokenizer), settings)
-    results, _ = run(
-        model, training, pc_config, options(args, data, tokenizer), compare_bp=args.compare_bp,
-        processing_class=tokenizer,
-        card={"base_model": args.model_name_or_path, "dataset": dataset_name(args),
-              "auto_class": "AutoModelForSequenceClassification"},
-    )  # fmt: skip
-    return results
+    return train(args, training, pc_config, adapt=lambda model: get_peft_model(model, settings))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
-    PartialState().destroy_process_group()  # left to the interpreter's exit, it may abort it
+    launch(main)

@@ -8,32 +8,24 @@ Takes every TrainingArguments and every PCConfig field.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from clm_data import DataArguments, blocks_of, load_text, train_tokenizer
 from compare import run
-from text_task import SMALL, TaskTrainingArguments
+from task import SMALL_ENCODER, CommonArguments, TaskTrainingArguments, first, launch, parse
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
     BertConfig,
     DataCollatorForLanguageModeling,
-    HfArgumentParser,
-    set_seed,
 )
-
-from hf_pc import PCConfig
 
 
 @dataclass
-class MLMArguments:
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A checkpoint to start from."})
+class MLMArguments(CommonArguments):
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to mask."})
-    compare_bp: bool = field(default=True, metadata={"help": "Train by backprop too, from the same start."})
 
     def __post_init__(self) -> None:
         if not 0 < self.mlm_probability < 1:
@@ -41,11 +33,10 @@ class MLMArguments:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = HfArgumentParser((MLMArguments, DataArguments, TaskTrainingArguments, PCConfig))  # type: ignore[arg-type]
-    parser.set_defaults(output_dir="runs/mlm", learning_rate=2e-3, max_steps=300, eval_steps=100)
-    args, text, training, pc_config = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
-    training.do_train = training.do_eval = True
-    set_seed(training.seed)
+    args, text, training, pc_config = parse(
+        (MLMArguments, DataArguments, TaskTrainingArguments), argv,
+        output_dir="runs/mlm", learning_rate=2e-3, max_steps=300, eval_steps=100, max_eval_samples=200,
+    )  # fmt: skip
     raw = load_text(text, None, None)
     if args.model_name_or_path:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
@@ -53,7 +44,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     else:
         tokenizer = train_tokenizer(raw)
         tokenizer.add_special_tokens({"mask_token": "<mask>"})
-        config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **SMALL)
+        config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **SMALL_ENCODER)
         model = AutoModelForMaskedLM.from_config(config)
     if tokenizer.mask_token is None:
         raise ValueError(f"--model_name_or_path {args.model_name_or_path}: its tokenizer has no mask token")
@@ -62,8 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if size > positions:
         raise ValueError(f"--block_size {size} is over the {positions} positions of the model")
     data = blocks_of(raw, tokenizer, size).remove_columns("labels")
-    train = data["train"].select(range(min(len(data["train"]), text.max_train_samples or len(data["train"]))))
-    valid = data["validation"].select(range(min(len(data["validation"]), text.max_eval_samples or 200)))
+    train, valid = first(data["train"], text.max_train_samples), first(data["validation"], text.max_eval_samples)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=args.mlm_probability)
     options = {"train_dataset": train, "eval_dataset": valid, "data_collator": collator}
     source = text.dataset_name or text.train_file or "the Python language reference"
@@ -76,8 +66,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
-    PartialState().destroy_process_group()  # left to the interpreter's exit, it may abort it
+    launch(main)

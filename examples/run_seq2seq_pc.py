@@ -8,29 +8,26 @@ A file of pairs has the columns "source" and "target". Takes every Seq2SeqTraini
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from clm_data import END, DataArguments, load_text
 from compare import run
 from datasets import Dataset, DatasetDict
 from standard_library import functions
+from task import CommonArguments, TaskTrainingArguments, at_least, first, launch, parse
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
-    HfArgumentParser,
     PreTrainedTokenizerFast,
-    set_seed,
 )
 
-from hf_pc import PCConfig, PCSeq2SeqTrainer, PCSeq2SeqTrainingArguments
+from hf_pc import PCSeq2SeqTrainer, PCSeq2SeqTrainingArguments
 from hf_pc.trainer import BackpropSeq2SeqTrainer
 
 #: small networks of each type, without dropout so that both sides see the same function
@@ -42,38 +39,32 @@ MODELS = {
 
 
 @dataclass
-class Arguments:
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A checkpoint to start from."})
+class Arguments(CommonArguments):
     model_type: str = field(default="t5", metadata={"help": "t5 or bart, for a model trained from scratch."})
     config_overrides: str | None = field(default=None, metadata={"help": "d_model=64,num_layers=1: changes to it."})
     train_file: str | None = field(default=None, metadata={"help": "JSON lines with 'source' and 'target'."})
     max_source_length: int = 64
     max_target_length: int = 32
     max_train_samples: int | None = None
-    compare_bp: bool = field(default=True, metadata={"help": "Train by backprop too, from the same start."})
 
     def __post_init__(self) -> None:
         if self.model_type not in MODELS:
             raise ValueError(f"--model_type {self.model_type} is unknown; allowed: {', '.join(MODELS)}")
+        at_least("max_source_length", self.max_source_length, 1)
+        at_least("max_target_length", self.max_target_length, 2)
+        at_least("max_train_samples", self.max_train_samples, 1)
         DataArguments(train_file=self.train_file)  # complains of a file that cannot be read
 
 
 @dataclass
-class Seq2SeqExampleArguments(PCSeq2SeqTrainingArguments):
+class Seq2SeqExampleArguments(TaskTrainingArguments, PCSeq2SeqTrainingArguments):
     output_dir: str = field(default="runs/seq2seq", metadata={"help": "Where everything goes."})
     max_steps: int = 400
-    per_device_train_batch_size: int = 16
     per_device_eval_batch_size: int = 32
     learning_rate: float = 3e-3
     adam_beta2: float = 0.95
-    lr_scheduler_type: str = "cosine"
     warmup_steps: float = 40
-    logging_steps: float = 10
-    eval_strategy: str = "steps"
     eval_steps: float | None = 100
-    save_strategy: str = "no"
-    use_cpu: bool = not torch.cuda.is_available()
-    resume_from_checkpoint: str | None = None
 
 
 def load_pairs(args: Arguments) -> DatasetDict:
@@ -134,14 +125,10 @@ def show_examples(model: Any, tokenizer: Any, data: Any, count: int = 4) -> None
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = HfArgumentParser((Arguments, Seq2SeqExampleArguments, PCConfig))  # type: ignore[arg-type]
-    parser.set_defaults(sweeps=5)  # cross-attention couples every decoder block to the encoder's errors
-    args, training, pc_config = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
-    training.do_train = training.do_eval = True
-    set_seed(training.seed)
+    # cross-attention couples every decoder block to the encoder's errors: hence five sweeps
+    args, training, pc_config = parse((Arguments, Seq2SeqExampleArguments), argv, sweeps=5)
     pairs = load_pairs(args)
-    if args.max_train_samples:
-        pairs["train"] = pairs["train"].select(range(min(args.max_train_samples, len(pairs["train"]))))
+    pairs["train"] = first(pairs["train"], args.max_train_samples)
     tokenizer = load_tokenizer(args, pairs)
     model, data = build(args, tokenizer), tokenize(pairs, tokenizer, args)
     options = {
@@ -162,8 +149,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
-    PartialState().destroy_process_group()  # left to the interpreter's exit, it may abort it
+    launch(main)

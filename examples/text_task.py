@@ -1,35 +1,31 @@
-"""What the text classification examples share: the data, the tokenizer, the model, the accuracy."""
+"""Text classification, which two examples do: the data, the model, training by PC and by backprop."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from clm_data import DataArguments, load_text, train_tokenizer
+from compare import run
 from datasets import ClassLabel, Dataset, DatasetDict
 from standard_library import functions
+from task import SMALL_ENCODER, CommonArguments, TaskTrainingArguments, accuracy, at_least, class_labels, first
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     DataCollatorWithPadding,
-    EvalPrediction,
 )
 
-from hf_pc import PCTrainingArguments
-
-#: a small encoder without dropout, so that both sides see the same function
-SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512,
-         "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 128}  # fmt: skip
+from hf_pc import PCConfig
 
 
 @dataclass
-class TextArguments:
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A checkpoint to start from."})
+class TextArguments(CommonArguments):
     train_file: str | None = field(
         default=None,
         metadata={"help": "JSON lines or CSV with 'text' and 'label'; default: which package a docstring is from."},
@@ -38,29 +34,12 @@ class TextArguments:
     max_seq_length: int = 48
     max_train_samples: int | None = None
     classes: int = field(default=6, metadata={"help": "Packages to tell apart, where there is no train_file."})
-    compare_bp: bool = field(default=True, metadata={"help": "Train by backprop too, from the same start."})
 
     def __post_init__(self) -> None:
         DataArguments(train_file=self.train_file, validation_file=self.validation_file)  # complains of bad files
-        if self.classes < 2:
-            raise ValueError(f"--classes {self.classes} is not allowed: at least 2 are needed")
-
-
-@dataclass
-class TaskTrainingArguments(PCTrainingArguments):
-    output_dir: str = field(default="runs/classification", metadata={"help": "Where everything goes."})
-    max_steps: int = 200
-    per_device_train_batch_size: int = 16
-    per_device_eval_batch_size: int = 64
-    learning_rate: float = 5e-4
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 20
-    logging_steps: float = 10
-    eval_strategy: str = "steps"
-    eval_steps: float | None = 50
-    save_strategy: str = "no"
-    use_cpu: bool = not torch.cuda.is_available()
-    resume_from_checkpoint: str | None = None
+        at_least("classes", self.classes, 2)
+        at_least("max_seq_length", self.max_seq_length, 3)  # the special tokens, and one of the text
+        at_least("max_train_samples", self.max_train_samples, 1)
 
 
 def load(args: TextArguments) -> DatasetDict:
@@ -82,8 +61,7 @@ def load(args: TextArguments) -> DatasetDict:
         held_out = range(0, len(whole), 10)
         rest = sorted(set(range(len(whole))) - set(held_out))
         data = DatasetDict(train=whole.select(rest), validation=whole.select(held_out))
-    if args.max_train_samples:
-        data["train"] = data["train"].select(range(min(args.max_train_samples, len(data["train"]))))
+    data["train"] = first(data["train"], args.max_train_samples)
     return data
 
 
@@ -101,13 +79,11 @@ def tokenizer_of(args: TextArguments, data: DatasetDict) -> Any:
 
 
 def model_of(args: TextArguments, data: DatasetDict, tokenizer: Any) -> Any:
-    names = data["train"].features["label"].names
-    labels: dict[str, Any] = {"num_labels": len(names), "id2label": dict(enumerate(names)),
-                              "label2id": {name: i for i, name in enumerate(names)}}  # fmt: skip
+    labels = class_labels(data["train"].features["label"].names)
     if args.model_name_or_path:
         config = AutoConfig.from_pretrained(args.model_name_or_path, **labels)
         return AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, config=config)
-    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **SMALL, **labels)
+    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **SMALL_ENCODER, **labels)
     return AutoModelForSequenceClassification.from_config(config)
 
 
@@ -122,10 +98,21 @@ def options(args: TextArguments, data: DatasetDict, tokenizer: Any) -> dict[str,
             "data_collator": DataCollatorWithPadding(tokenizer), "compute_metrics": accuracy}  # fmt: skip
 
 
-def accuracy(found: EvalPrediction) -> dict[str, float]:
-    logits = found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
-    return {"accuracy": float((logits.argmax(-1) == found.label_ids).mean())}
+def train(
+    args: TextArguments, training: TaskTrainingArguments, pc_config: PCConfig,
+    adapt: Callable[[Any], Any] = lambda model: model,
+) -> dict[str, Any]:  # fmt: skip
+    """The figures of PC, and of backprop where it is asked for.
 
-
-def dataset_name(args: TextArguments) -> str:
-    return Path(args.train_file).name if args.train_file else "the standard library's docstrings"
+    Args:
+        adapt: what is trained, given the classifier: itself, or with an adapter.
+    """
+    data = load(args)
+    tokenizer = tokenizer_of(args, data)
+    results, _ = run(
+        adapt(model_of(args, data, tokenizer)), training, pc_config, options(args, data, tokenizer),
+        compare_bp=args.compare_bp, processing_class=tokenizer,
+        card={"base_model": args.model_name_or_path, "auto_class": "AutoModelForSequenceClassification",
+              "dataset": Path(args.train_file).name if args.train_file else "the standard library's docstrings"},
+    )  # fmt: skip
+    return results

@@ -23,6 +23,7 @@ import run_lora_pc  # noqa: E402
 import run_mlm_pc  # noqa: E402
 import run_seq2seq_pc  # noqa: E402
 import step_cost  # noqa: E402
+import text_task  # noqa: E402
 import toy_pc  # noqa: E402
 import vae_pc  # noqa: E402
 
@@ -199,10 +200,10 @@ def test_an_adapter_alone_learns_and_loads_with_plain_peft(tmp_path: Path) -> No
     frozen = {name.replace(".base_layer", ""): value for name, value in plain.named_parameters()}
     assert all(torch.equal(frozen[name], value) for name, value in before.items() if not name.startswith("classifier"))
     merged = adapted.merge_and_unload().eval()
-    args = run_lora_pc.TextArguments(model_name_or_path=str(base), max_train_samples=64)
-    data = run_lora_pc.load(args)
-    rows = run_lora_pc.options(args, data, run_lora_pc.tokenizer_of(args, data))["eval_dataset"]
-    collate = DataCollatorWithPadding(run_lora_pc.tokenizer_of(args, data))
+    args = text_task.TextArguments(model_name_or_path=str(base), max_train_samples=64)
+    data = text_task.load(args)
+    rows = text_task.options(args, data, text_task.tokenizer_of(args, data))["eval_dataset"]
+    collate = DataCollatorWithPadding(text_task.tokenizer_of(args, data))
     inputs = collate([{key: row[key] for key in ("input_ids", "attention_mask", "label")} for row in rows])
     with torch.no_grad():
         assert merged(**inputs).loss.item() == pytest.approx(results["pc_eval_loss"], rel=1e-4)

@@ -22,7 +22,7 @@ from hf_pc.learning import RULES
 
 DEFAULTS = {"steps": 1000, "batch": 16, "layers": 6, "hidden": 128, "heads": 4, "sequence": 64, "sweeps": 3,
             "seeds": 3, "learning_rates": [2e-3, 4e-3, 8e-3, 1.6e-2],
-            "output_dir": Path("runs/equilibrium")}  # fmt: skip
+            "methods": None, "output_dir": Path("runs/equilibrium")}  # fmt: skip
 
 
 def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:

@@ -13,19 +13,17 @@ import argparse
 import json
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from equilibrium import load
-from language import Batch, arguments, gpt2, train, windows
+from language import Batch, arguments, gpt2, positive, train, windows
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from hf_pc import PCConfig, PCModel
 
-DEFAULTS = {"steps": 300, "batch": 16, "layers": 6, "hidden": 128, "heads": 4, "sequence": 64, "sweeps": 6,
-            "seeds": 1, "learning_rates": [6e-3], "output_dir": Path("runs/gradient_bias")}  # fmt: skip
+DEFAULTS = {"steps": 300, "batch": 16, "layers": 6, "hidden": 128, "heads": 4, "sequence": 64, "sweeps": 6}
 STEERING_STEPS = 10
 
 
@@ -70,14 +68,15 @@ def measure(
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = arguments(__doc__, **DEFAULTS)
+    parser.add_argument("--learning_rate", type=float, default=6e-3)
     parser.add_argument("--relaxed_fraction", type=float, default=0.1)
     parser.add_argument("--rules", nargs="+", default=["plain", "centred", "extrapolated"])
     parser.add_argument("--nodes", nargs="+", default=["block"], help="presets or patterns, each measured by itself")
-    parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--batches", type=positive, default=3)
     args = parser.parse_args(argv)
     text = load(args)
     model = gpt2(args, text.vocabulary, 0, torch.device("cpu"))
-    train(model, None, text, args, 0, args.learning_rates[0], "backprop")
+    train(model, None, text, args, 0, args.learning_rate, "backprop")
     model.zero_grad()
     model.double().eval()
     batches = list(windows(text.train, args.sequence, args.batch, args.batches, 99))

@@ -37,14 +37,18 @@ class Text:
 
 
 def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser of what every language benchmark takes; the defaults are each benchmark's."""
+    """A parser of what a language benchmark takes: of these options those that it has a default for."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_file", type=Path, required=True, help="a text, UTF-8; its last tenth is held out")
     for name in ("steps", "batch", "layers", "hidden", "heads", "sequence", "sweeps", "seeds"):
-        parser.add_argument(f"--{name}", type=positive, default=defaults[name])
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=defaults["learning_rates"])
-    parser.add_argument("--methods", nargs="+", default=defaults.get("methods"), help="some of them; default: all")
-    parser.add_argument("--output_dir", type=Path, default=defaults["output_dir"], help="for table and figure")
+        if name in defaults:
+            parser.add_argument(f"--{name}", type=positive, default=defaults[name])
+    if "learning_rates" in defaults:
+        parser.add_argument("--learning_rates", type=float, nargs="+", default=defaults["learning_rates"])
+    if "methods" in defaults:
+        parser.add_argument("--methods", nargs="+", default=defaults["methods"], help="some of them; default: all")
+    if "output_dir" in defaults:
+        parser.add_argument("--output_dir", type=Path, default=defaults["output_dir"], help="for table and figure")
     return parser
 
 
@@ -117,11 +121,13 @@ def train(
     model: GPT2LMHeadModel, config: PCConfig | None, text: Text, args: argparse.Namespace, seed: int, rate: float,
     title: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """AdamW with warm-up and a cosine schedule, the same for every method; the regime PC learned in."""
+    """AdamW with warm-up and a cosine schedule, the same for every method; the regime PC learned in, and
+    how far it relaxed and each node moved, in units of its activity, in the first batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=args.steps, pct_start=0.1)
     pc = PCModel(model, config) if config else None
     facts: list[tuple[float, ...]] = []
+    first: dict[str, Any] = {}
     losses: list[float] = []
     model.train()
     batches = windows(text.train, args.sequence, args.batch, args.steps, seed)
@@ -130,6 +136,7 @@ def train(
         found, loss = gradient(model, pc, batch)
         losses.append(loss)
         if found is not None:
+            first = first or {"relaxed_fraction": found.relaxed_fraction, "displacement": found.displacement}
             facts.append((found.relaxed_fraction, found.residual, found.refused, found.sweeps))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -139,7 +146,7 @@ def train(
     pc.detach()
     fraction, residual, refused, sweeps = (statistics.fmean(values) for values in zip(*facts, strict=True))
     return {"relaxed_fraction": fraction, "residual": residual, "refused": refused, "sweeps": sweeps,
-            "regime": regime(fraction, residual), "losses": losses}  # fmt: skip
+            "regime": regime(fraction, residual), "first_batch": first, "losses": losses}  # fmt: skip
 
 
 def step_ratio(model: GPT2LMHeadModel, config: PCConfig, text: Text, args: argparse.Namespace, pairs: int) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_pc.node import Site
 from hf_pc.registry import Registry
 from hf_pc.relaxation import Relaxation
+from hf_pc.solvers.optimizers import parse_optimizer
 
 if TYPE_CHECKING:
     from hf_pc.config import PCConfig
@@ -32,7 +33,7 @@ class Solver(ABC):
         self.sweeps = config.sweeps
         self.step_size: str | float = config.step_size
         self.tolerance = config.tolerance
-        self.optimizer = config.state_optimizer
+        self.optimizer = None if config.state_optimizer is None else parse_optimizer(config.state_optimizer)
 
     @abstractmethod
     def join(self, relaxation: Relaxation, site: Site, mu: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from hf_pc.node import LEARN, RELAX, Site
 from hf_pc.relaxation import Relaxation
 from hf_pc.solvers.base import Solver, register_solver
 from hf_pc.solvers.descent import Descent
-from hf_pc.solvers.optimizers import parse_optimizer
 
 if TYPE_CHECKING:
     from hf_pc.config import PCConfig
@@ -195,9 +194,11 @@ class _Descending(_Mover):
 class _Optimizing(_Mover):
     """Moves the states by a torch optimizer, in units of each node's standard deviation 1/sqrt(precision)."""
 
-    def __init__(self, relaxation: Relaxation, step: float, name: str) -> None:
+    def __init__(
+        self, relaxation: Relaxation, step: float, kind: tuple[type[torch.optim.Optimizer], dict[str, Any]]
+    ) -> None:
         super().__init__(relaxation, step)
-        self.name = name
+        self.kind = kind
         self.optimizer: torch.optim.Optimizer | None = None
 
     def move(self, gradients: list[Tensor]) -> None:
@@ -205,7 +206,7 @@ class _Optimizing(_Mover):
         if self.optimizer is None:
             self.start = [site.leaf.detach() for site in sites]
             self.moved = [torch.zeros_like(leaf) for leaf in self.start]
-            cls, arguments = parse_optimizer(self.name)
+            cls, arguments = self.kind
             self.optimizer = cls(self.moved, lr=self.step, **arguments)  # type: ignore[call-arg]
         for site, moved, gradient in zip(sites, self.moved, gradients, strict=True):
             moved.grad = site.step(gradient) * site.precision.sqrt()
