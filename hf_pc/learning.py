@@ -8,12 +8,15 @@ local gradient of the relaxed phase is G(b) = b grad L_out + b^2 A + b^3 B + ...
 - centred: (G(1) - G(-1)) / 2, relaxing once towards the labels and once away; leaves b^2 B. The symmetric nudging of
   equilibrium propagation (Laborieux et al. 2021), benchmarked for PC in arXiv 2407.01163.
 - extrapolated: C(b) = (G(b) - G(-b)) / 2b at b = 1 and 1/2, (4 C(1/2) - C(1)) / 3 (Richardson); leaves fourth order.
+- mirrored: G(1) of every other sequence and -G(-1) of the rest, in one relaxation; what `centred` leaves, and the
+  spread of A among sequences, which averages out over batches. (A random sign of the nudge is Laborieux et al.'s too.)
+- balanced: with such signs s, (8 G(s/2) - G(s)) s / 3: of A a third is left, which averages out, and fifth order.
 - wake_sleep: G(1) less what the model's own labels teach, G(1, y') - grad L_out(y') with y' drawn from the output.
   The marginal likelihood's Laplace correction cancels the reward in expectation when the model is calibrated.
 
 Errors at the equilibrium are a series in b too. The first phase knows its first term e0, the first move from rest,
 and its sum e1; a phase that only changes b starts at b e0 + b^2 (e1 - e0), right to second order, and saves itself two
-sweeps. So in units of a backprop step "centred" costs (4T - 2) / 3 from T = 3: 3.3 there.
+sweeps. So in units of a backprop step "centred" costs (4T - 2) / 3 from T = 3, and so does "balanced": 3.3 there.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ class Phase:
         warm: errors begin where the first phase's expect them, not at rest.
         own_labels: the labels are drawn from the model's output.
         at_rest: no relaxation: the phase learns backprop's gradient.
+        mirrored: every other sequence takes strength and weight with the opposite sign.
     """
 
     strength: float = 1.0
@@ -38,6 +42,7 @@ class Phase:
     warm: bool = False
     own_labels: bool = False
     at_rest: bool = False
+    mirrored: bool = False
 
     @property
     def share(self) -> float:
@@ -56,5 +61,7 @@ RULES: dict[str, tuple[Phase, ...]] = {
         Phase(-0.5, -4 / 3, warm=True),
         Phase(0.5, 4 / 3, warm=True),
     ),
+    "mirrored": (Phase(mirrored=True),),
+    "balanced": (Phase(1.0, -1 / 3, mirrored=True), Phase(0.5, 8 / 3, warm=True, mirrored=True)),
     "wake_sleep": (Phase(), Phase(1.0, -1.0, own_labels=True), Phase(1.0, 1.0, own_labels=True, at_rest=True)),
 }

@@ -26,6 +26,7 @@ from hf_pc.learning import PLAIN, RULES, Phase
 from hf_pc.node import LEARN, RELAX, Node, Strength
 from hf_pc.output import Output, auxiliary_loss, routes
 from hf_pc.placement import resolve
+from hf_pc.processes import process_count, process_index
 from hf_pc.relaxation import EVERY_PHASE, Relaxation, add_sums, summary
 from hf_pc.report import RelaxationOutput
 from hf_pc.reuse import FirstPrediction
@@ -135,9 +136,7 @@ class PCModel:
             with torch.random.fork_rng():
                 torch.manual_seed(self._draw_seed)
                 self._own_labels = self.output.draw(outputs["logits"].detach(), labels)
-        energy = self.relaxation.phase.strength * self.output.total(outputs, labels)
-        self.relaxation.note_output(energy)
-        return outputs, energy
+        return outputs, self.relaxation.note_output(self.output.total(outputs, labels))
 
     @contextmanager
     def relaxed(
@@ -173,12 +172,13 @@ class PCModel:
         batch, labels = self._split(inputs, phase)
         count = labels.ne(-100).sum()
         strength = Strength(self.config.precision, self.relative_std, self.steering.activity)
-        self.relaxation = Relaxation(len(labels), count, strength, self.solver.join, phase, self._before)
+        signs = self.steering.signs(len(labels)) if phase.mirrored else None
+        self.relaxation = Relaxation(len(labels), count, strength, self.solver.join, phase, self._before, signs)
         self.relaxation.followed = first and any(other.warm for other in self.phases)
         self.relaxation.weights = [p for p in self.model.parameters() if p.requires_grad]
         if any(phase.own_labels for phase in self.phases) and first:
             # taken before the generator is noted: what is restored in every pass would give every step the same draw
-            self._draw_seed = int(torch.randint(2**62, ())) + _rank()
+            self._draw_seed = int(torch.randint(2**62, ())) + process_index()
         if first:  # the phases of a step see the same dropout masks
             self._dropout_state = RandomState(p.device for p in self.model.parameters())
         self._random = self._dropout_state
@@ -345,6 +345,8 @@ class PCModel:
         """Note a learned phase for `steer`, and return its measurements as sums."""
         self.solver.close(relaxation)
         sums = relaxation.sums()
+        if relaxation.phase.mirrored and relaxation.phase is self.phases[-1]:
+            self.steering.count_rows(relaxation.batch)
         if relaxation.phase is not self.phases[0]:
             counted = EVERY_PHASE if not relaxation.phase.at_rest else ("sweeps",)
             return {name: sums[name] for name in counted}
@@ -445,14 +447,9 @@ def _remove(handles: list[Any], modules: list[nn.Module], attention: AttentionNo
         attention.detach()
 
 
-def _rank() -> int:
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if several else 0
-
-
 def _everywhere(stands: bool, device: torch.device, *, bare: bool) -> bool:
     """Whether a pass stands on every process: through a distributed wrapper all of them repeat it, or none."""
-    if bare or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if bare or process_count() == 1:
         return stands
     vote = torch.tensor([float(stands)], device=device)
     torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MIN)

@@ -125,6 +125,7 @@ class Site:
         # of phases that others follow: the errors after the first move from rest, and after the last
         self.first_move: Tensor | None = None
         self.last_move: Tensor | None = None
+        self.rest_move: Tensor | None = None  # of a phase that begins elsewhere: where one move from rest would lead
         # of solvers that differentiate piece by piece: g, dF/dx, and a Lagrange multiplier
         self.signal: Tensor
         self.gradient: Tensor
@@ -140,6 +141,13 @@ class Site:
         """A full step against `gradient`: to the minimum of the node's energy plus a plane of that slope."""
         step = self.node.energy.precondition(gradient, self.prediction, self.precision)
         return step if self.node.step_factor == 1 else self.node.step_factor * step
+
+    def column(self, values: Tensor) -> Tensor:
+        """[batch] spread over the leading dimension of a state: a column that broadcasts against the error."""
+        # a float64 column would make float64 errors
+        dtype = self.error.dtype if values.is_floating_point() else values.dtype
+        rows = values.to(self.error.device, dtype).repeat_interleave(self.shape[0] // len(values))
+        return rows.view(-1, *[1] * (len(self.shape) - 1))
 
     def per_sequence(self, values: Tensor, batch: int) -> Tensor:
         """Sums over all but the batch, [batch], float64. `values` has the state's leading dimensions."""
@@ -182,8 +190,9 @@ class NodeFunction(torch.autograd.Function):
         (error,) = ctx.saved_tensors
         mu = site.prediction
         energy: Energy = site.node.energy
-        scaled = isinstance(sweep.scale, Tensor)  # a relaxing sweep's loss is the energy itself
-        signal = wide(g) / sweep.scale if scaled else wide(g)
+        scale = sweep.scale_of(site)
+        scaled = isinstance(scale, Tensor)  # a relaxing sweep's loss is the energy itself
+        signal = wide(g) / scale if scaled else wide(g)
         # at rest x = mu, where every divergence and both its gradients are zero
         gradient = signal if sweep.at_rest else energy.grad_state(error, mu, site.precision) + signal
         sweep.measure(site, signal, gradient)
@@ -197,5 +206,5 @@ class NodeFunction(torch.autograd.Function):
             down = signal
         else:
             down = gradient + energy.grad_prediction(error, mu, site.precision)
-        down = (down * sweep.scale if scaled else down).to(ctx.dtype)
+        down = (down * scale if scaled else down).to(ctx.dtype)
         return down if ctx.needs_input_grad[0] else None, gradient if sweep.mode == RELAX else None, None, None

@@ -33,6 +33,7 @@ class Relaxation:
         join: the solver's: what goes up from a site whose module predicted mu.
         phase: the strength of the output energy, and how the errors start.
         before: the relaxation of the phase before, of the same batch.
+        signs: +1 or -1, [batch], on the output energy of each sequence and on what is learned from it; None is +1.
     """
 
     def __init__(
@@ -43,9 +44,11 @@ class Relaxation:
         join: Callable[[Relaxation, Site, Tensor], Tensor],
         phase: Phase = PLAIN,
         before: Relaxation | None = None,
+        signs: Tensor | None = None,
     ) -> None:
         self.batch = batch
         self.phase = phase
+        self.signs = signs
         self._join = join
         self.tokens = tokens
         self._strength = strength
@@ -62,8 +65,8 @@ class Relaxation:
         self.sweeps = 0
         self.tried = 0
         self.refused = torch.zeros((), dtype=torch.float64)
-        self.output_energy: Tensor | None = None  # [batch], of the last pass
-        self.feedforward_energy: Tensor | None = None  # [batch], of the first pass, where every error is zero
+        self.output_energy: Tensor | None = None  # nats times strength, without signs, [batch], of the last pass
+        self.feedforward_energy: Tensor | None = None  # the same of the first pass, where every error is zero
         self._top_signal: Tensor | None = None  # g at the last node in the feedforward pass
         self._change = self._reference = torch.zeros((), dtype=torch.float64)
         if before is not None and phase.warm:
@@ -72,12 +75,13 @@ class Relaxation:
     def _continue(self, before: Relaxation) -> None:
         """Start where the series of the first phase's errors in the strength points to."""
         self.sites, self._of_node = before.sites, before._of_node
-        b = self.phase.strength
+        b = self.phase.strength  # that of the first phase is 1
         for site in self.sites:
-            if site.first_move is None or site.last_move is None:  # one sweep: the first phase never left its rest
+            site.rest_move = None if site.first_move is None else b * site.first_move
+            if site.rest_move is None or site.last_move is None:  # one sweep: the first phase never left its rest
                 site.leaf = torch.zeros_like(site.leaf).requires_grad_()
             else:
-                start = torch.lerp(b * site.first_move, b * site.last_move, b)
+                start = torch.lerp(site.rest_move, b * site.last_move, b)
                 # a gradient that overflowed in mixed precision is the scaler's matter: its errors start at rest
                 site.leaf = torch.where(start.isfinite(), start, 0.0).requires_grad_()
         ratio = b / before.phase.strength
@@ -96,11 +100,17 @@ class Relaxation:
     def leaves(self) -> list[Tensor]:
         return [site.leaf for site in self.sites]
 
-    def note_output(self, energy: Tensor) -> None:
-        """Note a pass's output energy, nats, [batch], times the phase's strength."""
+    def note_output(self, energy: Tensor) -> Tensor:
+        """Note a pass's output energy, nats, [batch]; returned is what of it belongs to F."""
+        energy = self.phase.strength * energy
         self.output_energy = energy.detach()
         if self.at_rest:
             self.feedforward_energy = self.output_energy
+        return self.signed(energy)
+
+    def signed(self, energy: Tensor) -> Tensor:
+        """Values of each sequence, [batch], with the signs of its output energy; the inverse of itself."""
+        return energy if self.signs is None else energy * self.signs.to(energy)
 
     def begin(self, mode: str) -> None:
         """Start a pass in RELAX or LEARN mode."""
@@ -175,8 +185,15 @@ class Relaxation:
         per_token = site.node.energy.square(values, site.prediction, site.precision)
         return site.per_sequence(per_token, self.batch)
 
+    def scale_of(self, site: Site) -> Tensor | float:
+        """What g at a site is multiplied by, against nats of F: the loss's factor, and the signs of its sequences."""
+        return self.scale if self.signs is None or self.mode == RELAX else self.scale * site.column(self.signs)
+
     def loss(self, output_energy: Tensor) -> Tensor:
-        """The summed output energy as a scalar to scale and call `backward()` on in LEARN mode."""
+        """The summed output energy, given with its signs, as a scalar to scale and call `backward()` on in LEARN mode.
+
+        Without them: what is learned from a sequence has the sign of its output energy too.
+        """
 
         def note(scale: Tensor) -> None:
             self.scale = scale
@@ -185,13 +202,21 @@ class Relaxation:
                 weight.grad = scaled if weight.grad is None else weight.grad + scaled
             self._held = {}
 
-        total: Tensor = LossScale.apply(output_energy.sum(), note)  # type: ignore[no-untyped-call]
+        total: Tensor = LossScale.apply(self.signed(output_energy).sum(), note)  # type: ignore[no-untyped-call]
         return self.phase.weight * total
 
     def free_energy(self) -> Tensor:
         """F of each sequence at the last pass, nats, [batch], float64."""
+        return self._free_energy(signed=True)
+
+    def rest_energy(self) -> Tensor:
+        """F of each sequence where every error is zero, nats, [batch], float64."""
+        assert self.feedforward_energy is not None
+        return self.signed(self.feedforward_energy).double()
+
+    def _free_energy(self, *, signed: bool) -> Tensor:
         assert self.output_energy is not None
-        total = self.output_energy.detach().double()
+        total = (self.signed(self.output_energy) if signed else self.output_energy).double()
         for site in self.sites:
             total = total + site.energy.to(total.device)
         return total
@@ -218,7 +243,10 @@ class Relaxation:
         return None
 
     def sums(self) -> dict[str, Tensor]:
-        """What `summary` needs, as float64 scalars that add up over batches and processes."""
+        """What `summary` needs, as float64 scalars that add up over batches and processes.
+
+        Energies are those of the states, whichever way a sequence relaxed: signs would leave little of their mean.
+        """
         assert self.output_energy is not None
         scalar: Callable[[Any], Tensor] = lambda value: torch.as_tensor(value, dtype=torch.float64)  # noqa: E731
         sums = {
@@ -231,7 +259,7 @@ class Relaxation:
             "residual": self.residual().sum(),
             "change": self._change,
             "reference": self._reference,
-            "free_energy": self.free_energy().sum(),
+            "free_energy": self._free_energy(signed=False).sum(),
             f"energy/{OUTPUT_LABEL}": self.output_energy.detach().double().sum(),
         }
         for site in self.sites:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_pc.config import PCConfig, check_scale
+from hf_pc.processes import process_count, process_index
 from hf_pc.relaxation import add_sums, relaxed_fraction
 
 INITIAL_RELATIVE_STD = 0.2
@@ -24,9 +25,11 @@ class Steering:
     Attributes:
         relative_std: sigma as a multiple of each node's activity.
         activity: the RMS of each site's predictions in the last optimiser step.
+        rows: sequences learned so far on all processes, modulo 2; where signs alternate they go on from there.
     """
 
     def __init__(self, config: PCConfig) -> None:
+        self.rows = 0
         self.target = config.relaxed_fraction if config.sweeps > 1 else None
         self.relative_std = config.relative_std or INITIAL_RELATIVE_STD
         self.activity: dict[str, float] = {}
@@ -36,6 +39,15 @@ class Steering:
         """Note the measurements of a learned batch."""
         kept = ("change", "reference", "prediction_square/", "size/")
         add_sums(self._seen, {name: value for name, value in sums.items() if name.startswith(kept)})
+
+    def signs(self, batch: int) -> Tensor:
+        """+1, -1, ... over the sequences of all processes, in order of rank: those of this process, [batch]."""
+        before = self.rows + process_index() * batch
+        return 1.0 - 2.0 * torch.arange(before, before + batch).remainder(2)
+
+    def count_rows(self, batch: int) -> None:
+        """Note that a batch of as many sequences on each process was learned."""
+        self.rows = (self.rows + batch * process_count()) % 2
 
     def pause(self) -> dict[str, Tensor]:
         """What was noted since the last step, to give back to `resume`: what comes in between does not count."""
@@ -77,12 +89,16 @@ class Steering:
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned, ready for JSON."""
-        return {"relative_std": self.relative_std} | ({"activity": dict(self.activity)} if self.activity else {})
+        state: dict[str, Any] = {"relative_std": self.relative_std}
+        if self.activity:
+            state["activity"] = dict(self.activity)
+        return state | ({"rows": self.rows} if self.rows else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`. Raises ValueError on anything else."""
         check_state(state)
         self.relative_std = float(state["relative_std"])
+        self.rows = int(state.get("rows", 0))
         self.activity = {name: float(value) for name, value in state.get("activity", {}).items()}
 
 
@@ -90,6 +106,8 @@ def check_state(state: Any) -> None:
     """Raise ValueError if this is no `PCModel.state_dict`."""
     value = state.get("relative_std") if isinstance(state, Mapping) else None
     check_scale("state", "relative_std", value, upper=LARGEST_STD)
+    if state.get("rows", 0) not in (0, 1):
+        raise ValueError(f"state.rows={state['rows']!r} is not allowed: 0 or 1 is needed")
     activity = state.get("activity", {})
     if not isinstance(activity, Mapping):
         raise ValueError(f"state.activity={activity!r} is not allowed: an object of numbers is needed")

@@ -85,7 +85,39 @@ def test_a_phase_that_starts_warm_ends_where_a_cold_one_does() -> None:
         torch.testing.assert_close(warm, cold, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize(("half", "both"), [("mirrored", "centred"), ("balanced", "extrapolated")])
+def test_half_of_the_sequences_on_each_side(half: str, both: str) -> None:
+    """Of a sequence given twice, one copy takes each side: that is the rule which takes both sides of every one.
+
+    So it is where it comes alone in two batches, since the signs go on.
+    """
+    once = {name: value[:1] for name, value in batch().items()}
+    twice = {name: value.repeat(2, *[1] * (value.dim() - 1)) for name, value in once.items()}
+    found = []
+    for rule, batches in ((both, [once]), (half, [twice]), (half, [once, once])):
+        model = make("gpt2").double()
+        pc = PCModel(model, PCConfig(relative_std=1.0, sweeps=40, learning=rule, tolerance=1e-12))  # type: ignore[arg-type]
+        for given in batches:
+            pc.accumulate_grad(**given, num_items_in_batch=len(batches) * given["labels"][:, 1:].numel())
+        found.append(gradients(model))
+    assert worst(found[1], found[0]) < 1e-6
+    assert worst(found[2], found[0]) < 1e-6
+
+
 @pytest.mark.parametrize("learning", ["centred", "extrapolated"])
+def test_no_phase_ends_above_rest(learning: str) -> None:
+    """However soft the errors, and wherever a phase begins, no sequence's free energy ends above that of rest."""
+    pc = PCModel(make("gpt2"), PCConfig(relative_std=10.0, sweeps=3, learning=learning))  # type: ignore[arg-type]
+    refused = 0.0
+    for phase in pc.phases:
+        with pc.relaxed(batch(), phase=phase) as relaxation:
+            pc.learning_pass(batch())[0].backward()
+        assert (relaxation.free_energy() <= relaxation.rest_energy() + 1e-4).all()
+        refused += float(relaxation.refused) if phase.warm else 0.0
+    assert refused > 0  # there was something to refuse
+
+
+@pytest.mark.parametrize("learning", ["centred", "extrapolated", "balanced"])
 def test_accumulation(tmp_path: Path, learning: str) -> None:
     """One batch of 8 and two of 4 train alike."""
     config = PCConfig(sweeps=3, relative_std=0.5, learning=learning)  # type: ignore[arg-type]
@@ -105,7 +137,9 @@ def test_training(tmp_path: Path, learning: str) -> None:
     logs = [entry for entry in run.state.log_history if "relaxed_fraction" in entry]
     assert logs[0]["loss"] == pytest.approx(bp.state.log_history[0]["loss"], rel=1e-5)
     assert logs[-1]["relaxed_fraction"] == pytest.approx(0.1, rel=0.2)
-    expected = {"centred": 4 + 2, "extrapolated": 4 + 2 + 2 + 2, "wake_sleep": 4 + 4 + 1}[learning]
+    expected = {"centred": 4 + 2, "extrapolated": 4 + 2 + 2 + 2, "mirrored": 4, "balanced": 4 + 2,
+                "wake_sleep": 4 + 4 + 1}[learning]  # fmt: skip
+    assert logs[-1]["energy/output"] == pytest.approx(logs[-1]["loss"], rel=0.1)  # of states on either side
     assert logs[-1]["sweeps"] == pytest.approx(expected, abs=0.5)
 
 

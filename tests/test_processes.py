@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from test_invariants import make
 
@@ -21,13 +22,15 @@ def launch(*command: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", ["plain", "balanced"])
+def test_two_processes_train_as_one(tmp_path: Path, rule: str) -> None:
     """One process of 8 and two of 4, with unequal label counts, give the same weights; the two agree to the bit."""
     script = str(HERE / "train_processes.py")
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    launch(script, str(tmp_path / "one"), "8")
-    launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, str(tmp_path / "two"), "4")
+    launch(script, str(tmp_path / "one"), "8", rule)
+    several = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    launch(*several, script, str(tmp_path / "two"), "4", rule)
     one = torch.load(tmp_path / "one" / "0.pt", weights_only=True)
     first, second = (torch.load(tmp_path / "two" / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert torch.equal(first["weights"], second["weights"])
@@ -39,7 +42,7 @@ def test_a_sweep_refused_on_one_process(tmp_path: Path) -> None:
     """Where one process refuses its learning pass all repeat it: nobody waits for ever, and the weights agree."""
     script = str(HERE / "train_processes.py")
     command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, str(tmp_path))
-    launch(*command, "1", "llama")
+    launch(*command, "1", "refusing")
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["refused"] > 0
     assert torch.equal(first["weights"], second["weights"])

@@ -1,6 +1,6 @@
-"""A short run for test_processes.py: `train_processes.py FOLDER BATCH [llama]`, alone or under torchrun.
+"""A short run for test_processes.py: `train_processes.py FOLDER BATCH [RULE]`, alone or under torchrun.
 
-With "llama" the errors are so free that sweeps are refused on one process and not on the other.
+With the rule "refusing" the errors are so free that sweeps are refused on one process and not on the other.
 """
 
 import os
@@ -14,8 +14,11 @@ from hf_pc import PCConfig
 
 folder, size = Path(sys.argv[1]), int(sys.argv[2])
 several = {"ddp_backend": "gloo"} if "RANK" in os.environ else {}
-refusing = "llama" in sys.argv
-config = PCConfig(sweeps=3, relative_std=2.5) if refusing else PCConfig(sweeps=3, relaxed_fraction=0.05)
+rule = sys.argv[3] if len(sys.argv) > 3 else "plain"
+refusing = rule == "refusing"
+config = PCConfig(sweeps=3, relative_std=2.5)
+if not refusing:
+    config = PCConfig(sweeps=3, relaxed_fraction=0.05, learning=rule)
 if refusing:
     several |= {"name": "llama", "max_steps": 12, "optim": "adamw_torch", "learning_rate": 1e-2}
 run = trainer(folder, config, per_device_train_batch_size=size, **{"optim": "sgd", "learning_rate": 0.1, **several})

@@ -13,21 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_pc.node import Site
 from hf_pc.relaxation import Relaxation
 
 GROW, SHRINK = 1.3, 0.4
 
 #: relative rise of F that is rounding of the forward pass, not a rise
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 5e-4}
-
-
-def _per_sequence(values: Tensor, site: Site, batch: int) -> Tensor:
-    """[batch] spread over a site's leading dimensions: a column that broadcasts against its error."""
-    # a float64 column would make float64 errors
-    dtype = site.leaf.dtype if values.is_floating_point() else values.dtype
-    rows = values.to(site.leaf.device, dtype).repeat_interleave(len(site.leaf) // batch)
-    return rows.view(-1, *[1] * (site.leaf.dim() - 1))
 
 
 class Descent:
@@ -43,6 +34,18 @@ class Descent:
         self.free_energy: Tensor | None = None
         self.residual: Tensor
         self.rate: Tensor
+
+    @classmethod
+    def beside_rest(cls, relaxation: Relaxation, tolerance: float) -> Descent:
+        """Of a phase that begins elsewhere than at rest: what it begins with has to be lower than rest."""
+        descent = cls(relaxation, tolerance)
+        descent.free_energy = relaxation.rest_energy()
+        descent.rate = descent.residual = torch.ones_like(descent.free_energy)
+        for site in relaxation.sites:
+            rest = site.leaf.detach().new_zeros(()).expand_as(site.leaf)
+            descent.best.append(rest)
+            descent.direction.append(rest if site.rest_move is None else site.rest_move)
+        return descent
 
     def judge(self) -> Tensor:
         """Which sequences' last pass stands, [batch]; counts the refused."""
@@ -82,20 +85,17 @@ class Descent:
         for i, site in enumerate(sites):
             step = directions[i]
             if back is not None:
-                taken = self._column(back, site)
+                taken = site.column(back)
                 step = torch.addcmul(step, taken, (self.best[i] - leaves[i]).add_(self.direction[i]).sub_(step))
-            site.leaf = (leaves[i] + (step if full else step * self._column(rate, site))).requires_grad_()
+            site.leaf = (leaves[i] + (step if full else step * site.column(rate))).requires_grad_()
         self.best, self.direction = leaves, directions
 
     def converged(self) -> Tensor:
         return self.residual < self.tolerance
 
-    def _column(self, values: Tensor, site: Site) -> Tensor:
-        return _per_sequence(values, site, self.relaxation.batch)
-
     def _mix(self, stands: Tensor, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
         sites = self.relaxation.sites
-        return [torch.where(self._column(stands, s), n, o) for s, n, o in zip(sites, new, old, strict=True)]
+        return [torch.where(s.column(stands), n, o) for s, n, o in zip(sites, new, old, strict=True)]
 
     def _share(self, directions: list[Tensor]) -> Tensor:
         """Of the last move, the share to take back, [batch]: least squares in units of the precisions."""
