@@ -161,6 +161,7 @@ class PCConfig:
     dropout: Literal["replay", "off"] = field(
         default="replay", metadata={"help": "Same mask in every sweep of a step, or no dropout."}
     )
+    compile: bool = field(default=False, metadata={"help": "Compile the forward of each node's module."})
 
     def __post_init__(self) -> None:
         from hf_pc.energies import ENERGIES
@@ -207,6 +208,13 @@ class PCConfig:
             raise ValueError(f"PCConfig.tolerance={self.tolerance!r} is not allowed: 0 <= tolerance < 1 is needed")
         if self.dropout not in DROPOUT_POLICIES:
             raise ValueError(f"PCConfig.dropout={self.dropout!r} is unknown; allowed: {DROPOUT_POLICIES}")
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"PCConfig.compile={self.compile!r} is not allowed: true or false is needed")
+        if self.compile and self.attention_energy is not None:
+            raise ValueError(
+                f"PCConfig.compile=True excludes attention_energy={self.attention_energy!r}: a node inside compiled "
+                "code would be skipped"
+            )
 
     def _check_solver(self, solver: Any) -> None:
         from hf_pc.learning import RULES

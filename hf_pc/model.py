@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_pc.attention import AttentionNodes
+from hf_pc.compilation import compile_forwards
 from hf_pc.config import PCConfig, read_json
 from hf_pc.learning import PLAIN, RULES, Phase
 from hf_pc.node import LEARN, RELAX, Node, Strength
 from hf_pc.output import Output, auxiliary_loss, routes
-from hf_pc.placement import resolve
+from hf_pc.placement import layer_drop, resolve
 from hf_pc.processes import process_count, process_index
 from hf_pc.relaxation import EVERY_PHASE, Relaxation, add_sums, summary
 from hf_pc.report import RelaxationOutput
@@ -89,9 +90,10 @@ class PCModel:
         handles = [node.attach(call) for node in self._module_nodes]
         if self._attention:
             self._attention.attach(call)
+        undo = compile_forwards(self._module_nodes) if self.config.compile else None
         modules = [node.module for node in self._module_nodes]
         _ATTACHED.update(modules)
-        self._detach = weakref.finalize(self, _remove, handles, modules, self._attention)
+        self._detach = weakref.finalize(self, _remove, handles, modules, self._attention, undo)
 
     def detach(self) -> None:
         """Remove the nodes; the model is what it was. Does nothing if they are gone already."""
@@ -126,11 +128,12 @@ class PCModel:
             outputs = forward(**batch)
         if self._attention:
             self._attention.check()
-        if not self.relaxation.sites:
+        if self.relaxation.sites:
+            first = self.relaxation.sites[0].node
+            self._first_prediction.found(first.module if first in self._module_nodes else None)
+        elif not (self.model.training and layer_drop(self.model)):  # which may leave a step without any block
             names = ", ".join(repr(node.name) for node in self._module_nodes)
             raise ValueError(f"none of the nodes ran in a pass over {type(self.model).__name__}: {names}")
-        first = self.relaxation.sites[0].node
-        self._first_prediction.found(first.module if first in self._module_nodes else None)
         draws = any(phase.own_labels for phase in self.phases) and not self.relaxation.phase.own_labels
         if draws and self.relaxation.at_rest:
             with torch.random.fork_rng():
@@ -190,9 +193,7 @@ class PCModel:
                         relaxing.enter_context(self._frozen())
                         if not routes(self.model, batch):  # whose losses are gathered inside the blocks
                             relaxing.enter_context(self._first_prediction.reused())
-                    self._confirm = self.solver.relax(
-                        self.relaxation, lambda: self._pass(self.model, batch, labels)[1], weight_step
-                    )
+                    self._confirm = self._relax(batch, labels, weight_step)
                 yield self.relaxation
             over = phase is self.phases[-1] or phase is PLAIN
         finally:
@@ -201,6 +202,23 @@ class PCModel:
             self._states = {}
             if over:
                 self._first_prediction.forget()
+
+    def _relax(
+        self, batch: Mapping[str, Any], labels: Tensor, weight_step: Callable[[Tensor], None] | None
+    ) -> Callable[[], bool]:
+        relaxation = self.relaxation
+        assert relaxation is not None
+
+        def sweep() -> Tensor:
+            energy = self._pass(self.model, batch, labels)[1]
+            if not relaxation.sites:
+                raise _NothingToRelax
+            return energy
+
+        try:
+            return self.solver.relax(relaxation, sweep, weight_step)
+        except _NothingToRelax:
+            return lambda: True
 
     def learning_pass(
         self, inputs: Mapping[str, Any], forward: Callable[..., Any] | None = None, mode: str = LEARN
@@ -438,13 +456,21 @@ class PCModel:
             )
 
 
-def _remove(handles: list[Any], modules: list[nn.Module], attention: AttentionNodes | None) -> None:
+class _NothingToRelax(Exception):  # noqa: N818
+    """A model has dropped all its blocks in this step: there is one pass, which learns from the output alone."""
+
+
+def _remove(
+    handles: list[Any], modules: list[nn.Module], attention: AttentionNodes | None, undo: Callable[[], None] | None
+) -> None:
     for handle in handles:
         handle.remove()
     for module in modules:
         _ATTACHED.discard(module)
     if attention:
         attention.detach()
+    if undo:
+        undo()
 
 
 def _everywhere(stands: bool, device: torch.device, *, bare: bool) -> bool:

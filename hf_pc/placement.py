@@ -13,6 +13,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from hf_pc.compilation import check_compilable
 from hf_pc.config import NodeSpec, PCConfig
 from hf_pc.energies import ENERGIES
 from hf_pc.node import Node
@@ -144,12 +145,33 @@ def _by_name(model: nn.Module, name: str) -> dict[str, nn.Module]:
     return found
 
 
+def layer_drop(model: nn.Module) -> str | None:
+    """The setting by which a model leaves out whole blocks while it trains, such as "layerdrop=0.1"; None if none."""
+    config = getattr(model, "config", None)
+    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        if getattr(config, name, 0):
+            return f"{name}={getattr(config, name)}"
+    return None
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Raise ValueError if weights are no numbers that a gradient passes through."""
+    for name, module in model.named_modules():
+        own = next((n for n, p in module.named_parameters(recurse=False) if not p.is_floating_point()), None)
+        if own is not None or ".quantized." in type(module).__module__:
+            what = type(module).__name__ if own is None else f"{own} of dtype {getattr(module, own).dtype}"
+            raise ValueError(f"module {name!r} has quantised weights ({what}), which predictive coding cannot relax "
+                             "through: load the model in float32 or bfloat16")  # fmt: skip
+
+
 def resolve(model: nn.Module, config: PCConfig) -> list[Node]:
     """The nodes that a configuration puts on a model, in the order of its modules.
 
     Raises:
-        ValueError: a pattern matches nothing, a preset finds nothing, or two rules hit one module.
+        ValueError: a pattern matches nothing, a preset finds nothing, two rules hit one module, `compile` meets a
+            node inside a node, or the model's weights are quantised.
     """
+    _check_weights(model)
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError(f"{type(model).__name__} is compiled as a whole, which skips the hooks of nodes: compile the "
                          "forward of each block instead, or nothing")  # fmt: skip
@@ -162,4 +184,7 @@ def resolve(model: nn.Module, config: PCConfig) -> list[Node]:
             energy = ENERGIES[spec.energy or config.energy]()
             chosen[name] = Node(name, module, energy, spec.precision, spec.step_factor)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    return sorted(chosen.values(), key=lambda node: order[node.name])
+    nodes = sorted(chosen.values(), key=lambda node: order[node.name])
+    if config.compile:
+        check_compilable(nodes)
+    return nodes

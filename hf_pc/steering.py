@@ -81,7 +81,7 @@ class Steering:
         if self.target is None or not steers:
             return
         measured = relaxed_fraction(seen)
-        if not math.isfinite(measured):
+        if not math.isfinite(measured) or not seen["reference"]:  # no signal, or no node to meet it
             return
         step = 0.5 * GAIN * math.log(self.target / max(measured, 1e-6 * self.target))
         moved = self.relative_std * math.exp(max(-LIMIT, min(LIMIT, step)))

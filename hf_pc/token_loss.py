@@ -50,10 +50,14 @@ class TokenLossMixin(_TrainerPart):
     def _check(self, model: Any, args: TrainingArguments | None, kwargs: Mapping[str, Any]) -> None:
         """Raise ValueError on what the output energy cannot do."""
         for cls in type(self).__mro__:
-            if "compute_loss" in vars(cls) and cls not in (TokenLossMixin, Trainer):
+            own = vars(cls).get("compute_loss")
+            if own is TokenLossMixin.compute_loss and cls is not TokenLossMixin:
+                break  # said in the class itself: whatever its bases compute, this is the loss
+            if own is not None and cls not in (TokenLossMixin, Trainer):
                 raise ValueError(
                     f"{cls.__name__}.compute_loss is not supported: the loss is the output energy, computed from the "
-                    "logits and the labels"
+                    "logits and the labels. If that is the loss you mean, say so in your class: "
+                    "compute_loss = PCTrainerMixin.compute_loss"
                 )
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func is not supported: the output energy is computed from the logits")

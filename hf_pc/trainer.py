@@ -24,7 +24,7 @@ from hf_pc.callbacks import NonFiniteGuard, SteeringCallback
 from hf_pc.config import PCConfig
 from hf_pc.diagnostics.curvature import largest_curvature
 from hf_pc.model import STATE_NAME, PCModel
-from hf_pc.placement import resolve
+from hf_pc.placement import layer_drop, resolve
 from hf_pc.relaxation import add_sums, summary
 from hf_pc.steering import check_state
 from hf_pc.token_loss import BackpropSeq2SeqTrainer, BackpropTrainer, TokenLossMixin
@@ -100,6 +100,10 @@ class PCTrainerMixin(TokenLossMixin):
         super()._check(model, args, kwargs)
         if model is not None:
             resolve(model, self.pc_config)  # complain now; hooks are attached when training starts
+            if args is not None and not any(p.requires_grad for p in model.parameters()):
+                raise ValueError(
+                    f"no parameter of {type(model).__name__} requires a gradient: there is nothing to learn"
+                )
         if args is None:
             return
         if args.n_gpu > 1:
@@ -116,18 +120,23 @@ class PCTrainerMixin(TokenLossMixin):
             )
         backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
         if backend.lower() != "no":
-            raise ValueError(f"--dynamo_backend {backend} is not supported: a compiled model skips the hooks of nodes")
+            raise ValueError(
+                f"--dynamo_backend {backend} is not supported: a compiled model skips the hooks of nodes; "
+                "PCConfig.compile=True compiles between them"
+            )
         if self.pc_config.weight_update == "every_sweep" and getattr(args, "curvature_steps", None):
             raise ValueError(f"curvature_steps={args.curvature_steps} cannot be had with weight_update='every_sweep'")
-        drops = [n for n in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-                 if getattr(getattr(model, "config", None), n, 0)]  # fmt: skip
-        if args.world_size > 1 and drops:
-            raise ValueError(f"{drops[0]}={getattr(model.config, drops[0])} is not supported with several processes: "
-                             "each would have nodes of its own; set it to 0")  # fmt: skip
+        drop = None if model is None else layer_drop(model)
+        if args.world_size > 1 and drop:
+            raise ValueError(f"{drop} is not supported with several processes: each would have nodes of its own; "
+                             "set it to 0")  # fmt: skip
         if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
             raise ValueError("DeepSpeed is not supported: it owns the backward pass")
         if args.torch_compile:
-            raise ValueError("torch_compile=True is not supported: a compiled model skips the hooks of the nodes")
+            raise ValueError(
+                "torch_compile=True is not supported: a compiled model skips the hooks of the nodes; "
+                "PCConfig.compile=True compiles between them"
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As `Trainer.train`. Raises NonFiniteEnergyError where a non-finite free energy persisted."""

@@ -146,6 +146,15 @@ def test_wrong_uses_are_named() -> None:
     pc.detach()
     with pytest.raises(ValueError, match="compiled"):
         PCModel(torch.compile(model, backend="eager"), PCConfig())
+    quantised = torch.ao.quantization.quantize_dynamic(make("llama"), {torch.nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ValueError, match=r"module '.*' has quantised weights"):
+        PCModel(quantised, PCConfig())
+    assert not any(module._forward_hooks for module in quantised.modules())
+    integers = make("gpt2")
+    del integers.transformer.h[1].mlp.c_fc.weight
+    integers.transformer.h[1].mlp.c_fc.weight = torch.nn.Parameter(torch.ones(32, 128).to(torch.int8), False)
+    with pytest.raises(ValueError, match=r"'transformer\.h\.1\.mlp\.c_fc' has quantised weights .*torch\.int8"):
+        PCModel(integers, PCConfig())
 
 
 def test_plain_inputs_work() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_invariants import batch, gradients, make, worst
+from test_trainer import trainer
 
 from hf_pc import PCConfig, PCModel
 
@@ -35,6 +37,28 @@ def test_one_sweep_is_backprop(name: str) -> None:
     assert expected.keys() == found.keys() == {key for key, p in model.named_parameters() if p.requires_grad}
     assert worst(found, expected) < 1e-6
     assert all(torch.equal(before[key], value) for key, value in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", [*ADAPTERS, "modules_to_save"])
+def test_training_moves_the_adapter_alone(tmp_path: Path, name: str) -> None:
+    """After a run frozen weights have their bits, every other one moved; the adapter loads, and merges, with PEFT."""
+    torch.manual_seed(0)
+    saved = LoraConfig(target_modules=["c_attn"], r=2, modules_to_save=["ln_f"])
+    model = get_peft_model(make("gpt2"), saved if name == "modules_to_save" else ADAPTERS[name]())
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    trained = {key for key, value in model.named_parameters() if value.requires_grad}
+    assert name != "modules_to_save" or any("ln_f" in key for key in trained)
+    run = trainer(tmp_path, PCConfig(sweeps=3, relative_std=0.3), model=model, max_steps=4, learning_rate=0.1)
+    run.train()
+    moved = {key for key, value in model.named_parameters() if not torch.equal(before[key], value)}
+    assert moved == trained
+    run.save_model(str(tmp_path / "adapter"))
+    plain = PeftModel.from_pretrained(make("gpt2").eval(), tmp_path / "adapter").eval()
+    inputs = batch()
+    expected = model.eval()(**inputs).logits
+    torch.testing.assert_close(plain(**inputs).logits, expected)
+    if name not in ("prefix", "prompt"):  # which have no weights to merge into
+        torch.testing.assert_close(plain.merge_and_unload()(**inputs).logits, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_invariants import make
+from test_invariants import gradients, make, worst
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
     T5Config,
@@ -23,6 +25,7 @@ from transformers import (
 
 from hf_pc import (
     PCConfig,
+    PCModel,
     PCSeq2SeqTrainer,
     PCSeq2SeqTrainingArguments,
     PCTrainer,
@@ -327,6 +330,43 @@ def test_accumulation_with_states(tmp_path: Path, solver: str) -> None:
     whole = trained(tmp_path / "a", config, per_device_train_batch_size=8, **sgd)
     halves = trained(tmp_path / "b", config, per_device_train_batch_size=4, gradient_accumulation_steps=2, **sgd)
     assert (whole - halves).norm() / whole.norm() < 1e-6
+
+
+@pytest.mark.parametrize("solver", ["error", "state"])
+def test_a_step_that_drops_every_block(tmp_path: Path, solver: str) -> None:
+    """With LayerDrop a step without any block learns as backprop does; others drop the same blocks in all sweeps."""
+    config = BartConfig(vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16,
+                        decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2, dropout=0.0,
+                        encoder_layerdrop=0.5, decoder_layerdrop=0.5, pad_token_id=0)  # fmt: skip
+    set_seed(0)
+    model = BartForConditionalGeneration(config).train()
+    pc = PCModel(model, PCConfig(solver=solver, sweeps=4, relative_std=0.3))
+    dropped = []
+    for seed in range(12):
+        ids = torch.randint(1, 50, (2, 6))
+        inputs = {"input_ids": ids, "labels": ids}
+        model.zero_grad()
+        torch.manual_seed(seed)
+        found = pc.accumulate_grad(**inputs)
+        dropped.append(not found.errors)
+        pc.steer()
+        if dropped[-1]:
+            learned = gradients(model)
+            model.zero_grad()
+            torch.manual_seed(seed)
+            pc.backprop_loss(inputs).backward()
+            assert worst(learned, gradients(model)) < 1e-5
+            assert found.sweeps == 2  # one that met no node, and one that learned
+    assert set(dropped) == {True, False}
+    assert pc.relative_std == pytest.approx(0.3)
+
+
+def test_nothing_to_learn(tmp_path: Path) -> None:
+    """A model whose weights are all frozen is an error by name, before any folder is made."""
+    model = make("gpt2").requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of GPT2LMHeadModel requires a gradient"):
+        trainer(tmp_path / "none", model=model)
+    assert not (tmp_path / "none").exists()
 
 
 def test_layer_drop_over_several_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,15 @@
     python examples/benchmarks/step_cost.py --model gpt2 --layers 8 --hidden 256 --sequence 128 --batch 8 \\
         --sweeps 1 2 5 --threads 1
 
-Prints one JSON line per T. A step is everything up to the gradient; the optimiser's part is the same for both. Time is
-the median of interleaved pairs; memory is each kind's own peak over the built model, in a process of its own.
+Prints one JSON line per T. With --compile also what `compile=True` makes of a step's time, for both kinds of step. A
+step is everything up to the gradient; the optimiser's part is the same for both. Time is the median of interleaved
+pairs; memory is each kind's own peak over the built model, in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -26,6 +28,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from hf_pc import PCConfig, PCModel
 from hf_pc.output import Output
+from hf_pc.placement import blocks
 
 SETTING = ("model", "solver", "layers", "hidden", "sequence", "batch", "vocab", "threads", "seed")
 
@@ -46,6 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--solver", default="error", help="a solver; its share of backprop's memory differs")
     parser.add_argument("--sweeps", type=positive, nargs="+", default=[1, 2, 5])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="also time steps whose blocks are compiled")
     parser.add_argument("--measure-memory", type=int, help=argparse.SUPPRESS)  # sweeps of the one step to run; 0: BP
     return parser.parse_args()
 
@@ -77,28 +81,34 @@ def backprop(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
     return {}
 
 
-def predictive_coding(model: Any, inputs: dict[str, torch.Tensor], sweeps: int, solver: str) -> dict[str, float]:
-    pc = PCModel(model, PCConfig(relative_std=0.2, sweeps=sweeps, solver=solver))
-    try:
-        with pc.relaxed(inputs) as relaxation:
-            loss, _ = pc.learning_pass(inputs)
-            (loss / relaxation.tokens).backward()
-            sums = pc.observe(relaxation)
-    finally:
-        pc.detach()
+def predictive_coding(pc: PCModel, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
+    with pc.relaxed(inputs) as relaxation:
+        loss, _ = pc.learning_pass(inputs)
+        (loss / relaxation.tokens).backward()
+        sums = pc.observe(relaxation)
     return {
         "relaxed_fraction": float((sums["change"] / sums["reference"]).sqrt()),
         "residual": float(sums["residual"] / sums["sequences"]),
     }
 
 
-def run_step(model: Any, inputs: dict[str, torch.Tensor], sweeps: int, solver: str) -> dict[str, float]:
-    """One step with `sweeps` sweeps, 0 being backprop, from cleared gradients."""
-    model.zero_grad()
-    facts = predictive_coding(model, inputs, sweeps, solver) if sweeps else backprop(model, inputs)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return facts
+def stepper(
+    model: Any, inputs: dict[str, torch.Tensor], sweeps: int, solver: str, compiled: bool = False
+) -> Callable[[], dict[str, float]]:
+    """A step with `sweeps` sweeps, 0 being backprop, from cleared gradients; the model becomes its own."""
+    pc = PCModel(model, PCConfig(relative_std=0.2, sweeps=sweeps, solver=solver, compile=compiled)) if sweeps else None
+    if compiled and not sweeps:
+        for block in blocks(model).values():
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+
+    def step() -> dict[str, float]:
+        model.zero_grad()
+        facts = backprop(model, inputs) if pc is None else predictive_coding(pc, inputs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return facts
+
+    return step
 
 
 def seconds(step: Callable[[], Any]) -> float:
@@ -130,6 +140,10 @@ def memory(sweeps: int) -> int:
     return int(done.stdout.split()[-1])
 
 
+def quotients(numerators: list[float], denominators: list[float]) -> list[float]:
+    return [above / below for above, below in zip(numerators, denominators, strict=True)]
+
+
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
@@ -138,19 +152,23 @@ def main() -> None:
     if args.measure_memory is not None:
         reset_peak(device)
         before = peak_bytes(device)
+        step = stepper(model, inputs, args.measure_memory, args.solver)
         for _ in range(2):  # the second meets the gradients of the first
-            run_step(model, inputs, args.measure_memory, args.solver)
+            step()
         print(peak_bytes(device) - before)
         return
-    kinds = [0, *dict.fromkeys(args.sweeps)]
-    facts = {kind: run_step(model, inputs, kind, args.solver) for kind in kinds for _ in range(2)}
-    times: dict[int, list[float]] = {kind: [] for kind in kinds}
+    kinds = [(sweeps, False) for sweeps in (0, *dict.fromkeys(args.sweeps))]
+    if args.compile:
+        kinds += [(sweeps, True) for sweeps, _ in kinds]
+    steps = {kind: stepper(copy.deepcopy(model), inputs, kind[0], args.solver, kind[1]) for kind in kinds}
+    facts = {kind: step() for kind, step in steps.items() for _ in range(2)}
+    times: dict[tuple[int, bool], list[float]] = {kind: [] for kind in kinds}
     for _ in range(args.runs):
         for kind in kinds:
-            times[kind].append(seconds(lambda kind=kind: run_step(model, inputs, kind, args.solver)))  # type: ignore[misc]
+            times[kind].append(seconds(steps[kind]))
     backprop_bytes = memory(0)
-    for sweeps in kinds[1:]:
-        ratios = [pc / bp for pc, bp in zip(times[sweeps], times[0], strict=True)]
+    for sweeps in dict.fromkeys(args.sweeps):
+        ratios = quotients(times[sweeps, False], times[0, False])
         ratio, limit = statistics.median(ratios), (2 * sweeps + 1) / 3
         line = {
             **{n: getattr(args, n) for n in SETTING},
@@ -158,7 +176,11 @@ def main() -> None:
             [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]] if len(ratios) > 1 else None,
             "limit": round(limit, 3), "over_limit": round(ratio / limit - 1, 3),
             "memory_ratio": round(memory(sweeps) / backprop_bytes, 3),
-            **{name: round(value, 5) for name, value in facts[sweeps].items()},
+            **{name: round(value, 5) for name, value in facts[sweeps, False].items()},
+            **({"compiled_over_not": {
+                name: round(statistics.median(quotients(times[kind, True], times[kind, False])), 3)
+                for name, kind in (("pc", sweeps), ("backprop", 0))
+            }} if args.compile else {}),
             "machine": f"{platform.machine()} {device.type}, torch {torch.__version__}", "runs": args.runs,
         }  # fmt: skip
         print(json.dumps(line), flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,8 +57,14 @@ class Solver(ABC):
 
     def gradients(self, relaxation: Relaxation, output_energy: Tensor) -> list[Tensor]:
         """dF/dx of every site, from a pass in RELAX mode; zeros where a node has no way to the output."""
-        found = torch.autograd.grad(output_energy.sum(), relaxation.leaves, allow_unused=True)
+        found = self.found_gradients(relaxation, output_energy)
         return [torch.zeros_like(e) if g is None else g for e, g in zip(relaxation.leaves, found, strict=True)]
+
+    def found_gradients(self, relaxation: Relaxation, output_energy: Tensor) -> Sequence[Tensor | None]:
+        """What autograd finds at every site's leaf; None where it has no way to the output."""
+        if not output_energy.requires_grad:  # as where LayerDrop left no block between any node and the output
+            return [None] * len(relaxation.leaves)
+        return torch.autograd.grad(output_energy.sum(), relaxation.leaves, allow_unused=True)
 
     def close(self, relaxation: Relaxation) -> None:
         """Measure what a learning pass's `backward()` has left to measure; called once after it."""

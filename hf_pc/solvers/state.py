@@ -108,8 +108,7 @@ class StateSolver(Solver):
                 relaxation.hold(weight, gradient)
 
     def gradients(self, relaxation: Relaxation, output_energy: Tensor) -> list[Tensor]:
-        found = torch.autograd.grad(output_energy.sum(), relaxation.leaves, allow_unused=True)
-        self._take(relaxation, found)
+        self._take(relaxation, self.found_gradients(relaxation, output_energy))
         return [site.gradient for site in relaxation.sites]
 
     def close(self, relaxation: Relaxation) -> None:

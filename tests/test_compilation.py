@@ -1,0 +1,47 @@
+"""`compile=True`: the modules of nodes compiled, their hooks left as they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_invariants import batch, gradients, make, worst
+
+from hf_pc import PCConfig, PCModel
+
+
+@pytest.mark.parametrize("solver", ["error", "state"])
+def test_compiled_blocks_learn_the_same(solver: str) -> None:
+    """Gradients are those of the model as it is, over several steps; afterwards nothing compiled is left on it."""
+    found = []
+    for compiled in (False, True):
+        model = make("gpt2").double()
+        pc = PCModel(model, PCConfig(sweeps=3, relative_std=0.3, solver=solver, compile=compiled))
+        assert ("forward" in vars(pc.nodes[0].module)) == compiled
+        for _ in range(2):
+            report = pc.accumulate_grad(**batch())
+            pc.steer()
+        found.append((gradients(model), report.residual))
+        pc.detach()
+        assert "forward" not in vars(pc.nodes[0].module)
+    assert worst(found[1][0], found[0][0]) < 1e-9
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-6)
+
+
+def test_what_cannot_be_compiled_is_named() -> None:
+    """A node inside another one's module, and attention logits, would be skipped by compiled code: errors."""
+    model = make("gpt2")
+    with pytest.raises(ValueError, match=r"node 'transformer\.h\.0\.mlp' lies inside node 'transformer\.h\.0'"):
+        PCModel(model, PCConfig(nodes=["block", "transformer.h.0.mlp"], compile=True))
+    assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(ValueError, match="excludes attention_energy='gaussian'"):
+        PCConfig(compile=True, attention_energy="gaussian")
+
+
+def test_a_compiled_model_generates() -> None:
+    """Attached and compiled, it generates what it does without."""
+    model = make("gpt2").eval()
+    ids = batch()["input_ids"][:1, :4]
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    pc = PCModel(model, PCConfig(compile=True))
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+    pc.detach()
