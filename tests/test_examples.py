@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,12 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
+import continual  # noqa: E402
 import equilibrium  # noqa: E402
+import few_samples  # noqa: E402
 import gradient_bias  # noqa: E402
+import label_noise  # noqa: E402
+import online  # noqa: E402
 import paper_transformer  # noqa: E402
 import run_classification_pc  # noqa: E402
 import run_image_classification_pc  # noqa: E402
@@ -26,6 +31,7 @@ import step_cost  # noqa: E402
 import text_task  # noqa: E402
 import toy_pc  # noqa: E402
 import vae_pc  # noqa: E402
+from language import Text, drawn  # noqa: E402
 
 PNG = b"\x89PNG"
 
@@ -143,13 +149,39 @@ def test_equilibrium(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     found = equilibrium.main(
         ["--train_file", str(text), *size, "--seeds", "1", "--learning_rates", "1e-3", "--relaxed_fractions", "0.1"]
     )
-    assert len(capsys.readouterr().out.splitlines()) == 2 * 5
+    assert len(capsys.readouterr().out.splitlines()) == 2 * 9
     assert [line["method"] for line in found] == [
-        "backprop", "plain_0.1", "centred_0.1", "extrapolated_0.1", "wake_sleep_0.1"
+        "backprop", "plain_0.1", "centred_0.1", "extrapolated_0.1", "mirrored_0.1", "balanced_0.1", "wake_sleep_0.1",
+        "state_0.1", "lagrangian_0.1",
     ]  # fmt: skip
     assert all(line["step_time_ratio"] > 1 and line["residual"] > 0 for line in found[1:])
     with pytest.raises(ValueError, match="there is no such file"):
         equilibrium.main(["--train_file", str(tmp_path / "none.txt")])
+
+
+@pytest.mark.parametrize("script", [online, label_noise, few_samples, continual])
+def test_on_small_data(tmp_path: Path, capsys: pytest.CaptureFixture[str], script: Any) -> None:
+    """Each script compares backprop with three regimes, over seeds, with an interval or a spread."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {i}: the square of {i} is {i * i}." for i in range(200)) + "\n")
+    size = ["--hidden", "16", "--layers", "1", "--heads", "2", "--sequence", "8", "--steps", "4", "--seeds", "2"]
+    size += ["--learning_rates", "1e-3"] + ([] if script is continual else ["--output_dir", str(tmp_path / "out")])
+    found = script.main(["--train_file", str(text), *size])
+    assert len(capsys.readouterr().out.splitlines()) == 4 * 3
+    assert [line["method"] for line in found] == ["backprop", "plain_0.03", "plain_0.1", "balanced_0.1"]
+    assert all(line["relaxed_fraction"] > 0 and line["regime"] for line in found[1:])
+    for line in found[1:]:
+        assert "forgotten_nats_spread" in line or len(line["over_backprop"]["interval"]) == 2
+
+
+def test_noise_is_in_the_targets_alone() -> None:
+    """A fifth of the targets is replaced, the inputs are those of clean training."""
+    text = Text(torch.arange(5000) % 40, torch.arange(0), torch.arange(0), 40)
+    args = argparse.Namespace(sequence=32, batch=8, steps=20, noise=0.2)
+    pairs = list(zip(label_noise.noisy(text, args, 3), drawn(text, args, 3), strict=True))
+    assert all(torch.equal(noisy["input_ids"], clean["input_ids"]) for noisy, clean in pairs)
+    wrong = torch.stack([noisy["labels"] != clean["labels"] for noisy, clean in pairs]).double().mean()
+    assert float(wrong) == pytest.approx(0.2 * 39 / 40, abs=0.02)
 
 
 @pytest.mark.parametrize("solver", ["error", "state"])

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from language import Text, arguments, compare, split
+from characters import characters
+from language import arguments, compare, positive
 
 from hf_pc import PCConfig
 from hf_pc.learning import RULES
@@ -26,27 +26,23 @@ DEFAULTS = {"steps": 1000, "batch": 16, "layers": 6, "hidden": 128, "heads": 4, 
 
 
 def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:
-    """Backprop, and every rule at every target of relaxed_fraction."""
+    """Backprop; at every target of relaxed_fraction every rule, and the solvers that move states."""
     found: dict[str, PCConfig | None] = {"backprop": None}
     for target in args.relaxed_fractions:
         for rule in RULES:
             config = PCConfig(learning=rule, relaxed_fraction=target, sweeps=args.sweeps)  # type: ignore[arg-type]
             found[f"{rule}_{target:g}"] = config
+        for solver in ("state", "lagrangian"):
+            found[f"{solver}_{target:g}"] = PCConfig(solver=solver, relaxed_fraction=target, sweeps=args.state_sweeps)
     return found
-
-
-def load(args: argparse.Namespace) -> Text:
-    """Characters; one that the training text lacks counts as its first."""
-    parts = split(args)
-    index = {character: i for i, character in enumerate(sorted(set(parts[0])))}
-    return Text(*(torch.tensor([index.get(c, 0) for c in part]) for part in parts), vocabulary=len(index))
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = arguments(__doc__, **DEFAULTS)
     parser.add_argument("--relaxed_fractions", type=float, nargs="+", default=[0.1, 0.3])
+    parser.add_argument("--state_sweeps", type=positive, default=20, help="of the solvers that move states")
     args = parser.parse_args(argv)
-    return compare(methods(args), load(args), args)
+    return compare(methods(args), characters(args), args)
 
 
 if __name__ == "__main__":

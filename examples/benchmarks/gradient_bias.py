@@ -16,8 +16,8 @@ import sys
 from typing import Any
 
 import torch
-from equilibrium import load
-from language import Batch, arguments, gpt2, positive, train, windows
+from characters import characters
+from language import Batch, arguments, drawn, gpt2, positive, train, windows
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
@@ -74,9 +74,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--nodes", nargs="+", default=["block"], help="presets or patterns, each measured by itself")
     parser.add_argument("--batches", type=positive, default=3)
     args = parser.parse_args(argv)
-    text = load(args)
+    text = characters(args)
     model = gpt2(args, text.vocabulary, 0, torch.device("cpu"))
-    train(model, None, text, args, 0, args.learning_rate, "backprop")
+    train(model, None, drawn(text, args, 0), args.steps, args.learning_rate, "backprop")
     model.zero_grad()
     model.double().eval()
     batches = list(windows(text.train, args.sequence, args.batch, args.batches, 99))

@@ -8,13 +8,14 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from report import picture, show
+from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
@@ -117,21 +118,25 @@ def gradient(model: GPT2LMHeadModel, pc: PCModel | None, batch: Batch) -> tuple[
     return None, loss.item()
 
 
+def drawn(text: Text, args: argparse.Namespace, seed: int) -> Iterator[Batch]:
+    """What most benchmarks train on: random windows of the training text."""
+    return windows(text.train, args.sequence, args.batch, args.steps, seed)
+
+
 def train(
-    model: GPT2LMHeadModel, config: PCConfig | None, text: Text, args: argparse.Namespace, seed: int, rate: float,
-    title: str,
-) -> dict[str, Any]:  # fmt: skip
+    model: GPT2LMHeadModel, config: PCConfig | None, batches: Iterator[Batch], steps: int, rate: float, title: str
+) -> dict[str, Any]:
     """AdamW with warm-up and a cosine schedule, the same for every method; the regime PC learned in, and
     how far it relaxed and each node moved, in units of its activity, in the first batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=args.steps, pct_start=0.1)
+    warm_up = 0.1 if steps > 10 else 0.37  # a warm-up of one step exactly divides by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=warm_up)
     pc = PCModel(model, config) if config else None
     facts: list[tuple[float, ...]] = []
     first: dict[str, Any] = {}
     losses: list[float] = []
     model.train()
-    batches = windows(text.train, args.sequence, args.batch, args.steps, seed)
-    for batch in tqdm(batches, total=args.steps, desc=title, leave=False):
+    for batch in tqdm(batches, total=steps, desc=title, leave=False):
         optimizer.zero_grad()
         found, loss = gradient(model, pc, batch)
         losses.append(loss)
@@ -178,13 +183,28 @@ def _mean(regimes: list[dict[str, Any]]) -> dict[str, Any]:
     return means | {"regime": regime(means["relaxed_fraction"], means["residual"])} if means else {}
 
 
+def gap(perplexities: list[float], backprop: list[float]) -> dict[str, Any] | None:
+    """Nats per token over backprop with the same seeds: the mean, and Student's 95% interval of it."""
+    gaps = [math.log(mine / its) for mine, its in zip(perplexities, backprop, strict=True)]
+    if len(gaps) < 2 or perplexities == backprop:
+        return None
+    half = stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    middle = statistics.fmean(gaps)
+    return {"nats": middle, "interval": [middle - half, middle + half]}
+
+
 def compare(
-    methods: dict[str, PCConfig | None], text: Text, args: argparse.Namespace, pairs: int = 10
-) -> list[dict[str, Any]]:
+    methods: dict[str, PCConfig | None], text: Text, args: argparse.Namespace, pairs: int = 10,
+    batches: Callable[[Text, argparse.Namespace, int], Iterator[Batch]] = drawn,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Tune each method's learning rate on validation text at seed 0, train with every seed, print JSON lines.
 
     Returns:
-        One line per method: mean and spread of the test perplexity, the regime, the time of a step over backprop's.
+        One line per method: mean and spread of the test perplexity, the gap to backprop with the same seeds, the
+        regime, the time of a step over backprop's.
+
+    Args:
+        batches: what to train on, given text, arguments and seed.
 
     Raises:
         ValueError: `args.methods` names a method that there is not.
@@ -200,10 +220,12 @@ def compare(
         f"{platform.machine()} {device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     )
     lines: list[dict[str, Any]] = []
+    baseline: list[float] = []
 
     def run(name: str, seed: int, rate: float) -> tuple[GPT2LMHeadModel, dict[str, Any]]:
         model = gpt2(args, text.vocabulary, seed, device)
-        return model, train(model, methods[name], text, args, seed, rate, f"{name}, seed {seed}, {rate:g}")
+        given = batches(text, args, seed)
+        return model, train(model, methods[name], given, args.steps, rate, f"{name}, seed {seed}, {rate:g}")
 
     for name in args.methods or methods:
         tried: dict[float, tuple[float, GPT2LMHeadModel, dict[str, Any]]] = {}
@@ -221,8 +243,10 @@ def compare(
             line = {"method": name, "seed": seed, "learning_rate": rate, "test_perplexity": perplexities[-1], **facts}
             print(json.dumps(line), flush=True)
         config = methods[name]
+        baseline = perplexities if config is None else baseline
         lines.append({
             "method": name, "mean": statistics.fmean(perplexities),
+            "over_backprop": gap(perplexities, baseline) if baseline else None,
             "spread": statistics.stdev(perplexities) if args.seeds > 1 else None, **_mean(regimes),
             "validation_loss_by_rate": {f"{r:g}": round(tried[r][0], 4) for r in tried},
             "step_time_ratio": step_ratio(model, config, text, args, pairs) if config else 1.0, **setting,
