@@ -82,7 +82,9 @@ def model_of(args: TextArguments, data: DatasetDict, tokenizer: Any) -> Any:
     labels = class_labels(data["train"].features["label"].names)
     if args.model_name_or_path:
         config = AutoConfig.from_pretrained(args.model_name_or_path, **labels)
-        return AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, config=config)
+        return AutoModelForSequenceClassification.from_pretrained(  # with a new head, where it had other classes
+            args.model_name_or_path, config=config, ignore_mismatched_sizes=True
+        )
     config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **SMALL_ENCODER, **labels)
     return AutoModelForSequenceClassification.from_config(config)
 

@@ -18,6 +18,7 @@ sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
 import continual  # noqa: E402
 import equilibrium  # noqa: E402
 import few_samples  # noqa: E402
+import finetune  # noqa: E402
 import gradient_bias  # noqa: E402
 import label_noise  # noqa: E402
 import online  # noqa: E402
@@ -239,6 +240,28 @@ def test_an_adapter_alone_learns_and_loads_with_plain_peft(tmp_path: Path) -> No
     inputs = collate([{key: row[key] for key in ("input_ids", "attention_mask", "label")} for row in rows])
     with torch.no_grad():
         assert merged(**inputs).loss.item() == pytest.approx(results["pc_eval_loss"], rel=1e-4)
+
+
+def test_finetune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint is fine-tuned by each method; accuracy is that of text which neither trained nor chose the rate."""
+    base = tmp_path / "base"
+    short = ["--max_steps", "1", "--disable_tqdm", "true", "--report_to", "none", "--max_train_samples", "64"]
+    run_classification_pc.main(["--output_dir", str(base), *short, "--compare_bp", "false"])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "\n".join(json.dumps({"text": f"{'red' if i % 2 else 'blue'} {i}", "label": i % 2}) for i in range(90))
+    )
+    capsys.readouterr()
+    size = ["--steps", "4", "--seeds", "2", "--learning_rates", "1e-3", "--batch", "4"]
+    found = finetune.main(
+        ["--model_name_or_path", str(base), "--train_file", str(rows), *size, "--methods", "backprop", "balanced_0.1"]
+    )
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"method"')]
+    assert len(lines) == 2 * 3
+    assert found == [lines[2], lines[5]]
+    assert found[0]["rows"] == {"train": 56, "validation": 9, "test": 25}
+    assert all(0 <= line["test_accuracy"] <= 1 for line in found)
+    assert found[1]["relaxed_fraction"] > 0
 
 
 def test_gradient_bias(tmp_path: Path) -> None:

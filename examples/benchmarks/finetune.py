@@ -22,20 +22,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from compare import mean
 from datasets import DatasetDict
-from language import positive
+from language import chosen, positive
+from regimes import methods
 from text_task import TextArguments, load, model_of, options, tokenizer_of
 from transformers import set_seed
 
 from hf_pc import PCConfig, PCTrainer, PCTrainingArguments
 from hf_pc.relaxation import regime
 from hf_pc.trainer import BackpropTrainer
-
-
-def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:
-    found: dict[str, PCConfig | None] = {"backprop": None}
-    for rule in ("plain", "balanced"):
-        found[rule] = PCConfig(learning=rule, relaxed_fraction=args.relaxed_fraction, sweeps=args.sweeps)  # type: ignore[arg-type]
-    return found
 
 
 def split(data: DatasetDict) -> DatasetDict:
@@ -81,13 +75,14 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--train_file", help="JSON lines or CSV with 'text' and 'label'; default: docstrings")
     for name, value in {"classes": 10, "steps": 200, "batch": 16, "sweeps": 3, "seeds": 3}.items():
         parser.add_argument(f"--{name}", type=positive, default=value)
-    parser.add_argument("--relaxed_fraction", type=float, default=0.1)
+    parser.add_argument("--methods", nargs="+", help="some of them; default: all")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-4, 4e-4])
     args = parser.parse_args(argv)
+    compared = chosen(methods(args.sweeps), args.methods)
     task = TextArguments(model_name_or_path=args.model_name_or_path, train_file=args.train_file, classes=args.classes)
     data = split(load(task))
     lines = []
-    for name, config in methods(args).items():
+    for name, config in compared.items():
         tried = {rate: train(config, task, data, args, 0, rate) for rate in args.learning_rates}
         best = min(tried, key=lambda rate: tried[rate]["validation_loss"])
         found = [tried[best]] + [train(config, task, data, args, seed, best) for seed in range(1, args.seeds)]

@@ -183,6 +183,14 @@ def _mean(regimes: list[dict[str, Any]]) -> dict[str, Any]:
     return means | {"regime": regime(means["relaxed_fraction"], means["residual"])} if means else {}
 
 
+def chosen(methods: dict[str, PCConfig | None], names: list[str] | None) -> dict[str, PCConfig | None]:
+    """The methods of these names, in their order; all without names. Raises ValueError on an unknown one."""
+    for name in names or []:
+        if name not in methods:
+            raise ValueError(f"--methods {name} is unknown; allowed: {', '.join(methods)}")
+    return {name: methods[name] for name in names or methods}
+
+
 def gap(perplexities: list[float], backprop: list[float]) -> dict[str, Any] | None:
     """Nats per token over backprop with the same seeds: the mean, and Student's 95% interval of it."""
     gaps = [math.log(mine / its) for mine, its in zip(perplexities, backprop, strict=True)]
@@ -209,9 +217,7 @@ def compare(
     Raises:
         ValueError: `args.methods` names a method that there is not.
     """
-    for name in args.methods or []:
-        if name not in methods:
-            raise ValueError(f"--methods {name} is unknown; allowed: {', '.join(methods)}")
+    methods = chosen(methods, args.methods)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     curves: dict[str, list[list[float]]] = {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -227,7 +233,7 @@ def compare(
         given = batches(text, args, seed)
         return model, train(model, methods[name], given, args.steps, rate, f"{name}, seed {seed}, {rate:g}")
 
-    for name in args.methods or methods:
+    for name in methods:
         tried: dict[float, tuple[float, GPT2LMHeadModel, dict[str, Any]]] = {}
         for rate in args.learning_rates:
             model, facts = run(name, 0, rate)
