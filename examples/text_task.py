@@ -10,7 +10,7 @@ from typing import Any
 
 from clm_data import DataArguments, load_text, train_tokenizer
 from compare import run
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from standard_library import functions
 from task import SMALL_ENCODER, CommonArguments, TaskTrainingArguments, accuracy, at_least, class_labels, first
 from transformers import (
@@ -57,7 +57,7 @@ def load(args: TextArguments) -> DatasetDict:
             raise ValueError(f"--train_file {args.train_file} has the columns {columns}: 'text', 'label' are needed")
         data = DatasetDict({name: split.class_encode_column("label") for name, split in data.items()})
     if args.train_file is None or args.validation_file is None:
-        whole = data["train"]
+        whole = concatenate_datasets(list(data.values()))  # files are often sorted by class: not the last tenth
         held_out = range(0, len(whole), 10)
         rest = sorted(set(range(len(whole))) - set(held_out))
         data = DatasetDict(train=whole.select(rest), validation=whole.select(held_out))
