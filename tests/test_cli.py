@@ -1,4 +1,4 @@
-"""`hf-pc nodes` on local configurations."""
+"""`hf-pc`, every command on local folders."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from test_invariants import make
-from transformers import T5Config, ViTConfig
+from test_trainer import trainer
+from transformers import BertConfig, T5Config, ViTConfig
 
-from hf_pc.cli import main
+from hf_pc import PCConfig
+from hf_pc.cli import COMMANDS, main
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -55,3 +57,92 @@ def test_nodes_of_any_architecture(tmp_path: Path, capsys: pytest.CaptureFixture
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert len(rows) == 4 + 6  # self-attention of four blocks, cross-attention of two
     assert rows["decoder.block.1.layer.1.EncDecAttention.logits"]["energy"] == "categorical"
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command shows one that begins with its own name."""
+    for name, command in COMMANDS.items():
+        with pytest.raises(SystemExit) as stopped:
+            main([name, "--help"])
+        assert stopped.value.code == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert f"example: hf-pc {name} " in shown
+        assert command.HELP.split(":")[0] in shown
+
+
+def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sound model passes: gradients as backprop's, regime, curvature, time, memory, and what else could be nodes."""
+    make("gpt2").save_pretrained(tmp_path)
+    assert main(["doctor", str(tmp_path), "--sequence", "8", "--batch", "2", "--json"]) == 0
+    rows = {row["check"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["nodes"]["value"] == 3
+    assert rows["gradient at T = 1 against backprop's"]["value"] < 1e-4
+    assert rows["largest curvature of the free energy"]["value"] > 0
+    assert rows["time of a step over backprop's"]["value"] > 1
+    assert rows["memory that relaxation adds"]["value"] == pytest.approx(4 * 3 * 8 * 32 * 4 / 2**20)
+    assert rows["nodes='linear'"]["value"] == "works"
+    assert main(["doctor", str(tmp_path), "--sequence", "8", "--batch", "2"]) == 0
+    assert "3 sweeps" in capsys.readouterr().out
+
+
+def test_doctor_of_a_classifier_with_random_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A configuration is enough, and its layers that drop are warned of."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=50, num_labels=3, **sizes)
+    config.layerdrop = 0.1
+    config.save_pretrained(tmp_path)
+    kind = "AutoModelForSequenceClassification"
+    assert main(["doctor", str(tmp_path), "--auto_class", kind, "--random_weights", "--json"]) == 0
+    rows = {row["check"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["several processes"]["verdict"] == "warning"
+    assert main(["doctor", str(tmp_path), "--auto_class", kind]) == 2  # there are no weights
+    assert capsys.readouterr().err.startswith("hf-pc: ")
+
+
+def test_doctor_fails_where_gradients_are_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model whose gradients at T = 1 are not backprop's is a failed check and status 1."""
+    make("gpt2").save_pretrained(tmp_path)
+    wrong = {"a": {"cosine": 1.0, "norm_ratio": 1.5}, "b": {"cosine": 1.0, "norm_ratio": 1.0}}
+    monkeypatch.setattr("hf_pc.commands.doctor.compare_with_backprop", lambda pc, batch, group: wrong)
+    assert main(["doctor", str(tmp_path), "--sequence", "8", "--json"]) == 1
+    rows = {row["check"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["gradient at T = 1 against backprop's"]["note"].endswith("at a")
+
+
+def test_plot_and_card_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run's folder is enough for its picture, even before it ends, and with its figures for its card."""
+    run = trainer(tmp_path / "run", PCConfig(sweeps=3, relaxed_fraction=0.05), max_steps=4, save_strategy="steps",
+                  save_steps=2, eval_strategy="steps", eval_steps=2)  # fmt: skip
+    run.train()
+    capsys.readouterr()
+    folder = str(tmp_path / "run")
+    assert main(["plot", folder, "--json"]) == 0  # from the last checkpoint
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"] == 4
+    assert found["relaxed_fraction"] > 0
+    assert Path(found["figure"]).read_bytes().startswith(b"\x89PNG")
+    run.save_model()
+    figures = tmp_path / "run" / "all_results.json"
+    figures.write_text(json.dumps({"pc_eval_loss": 3.9, "pc_perplexity": 49.4}))
+    assert main(["card", folder, "--dataset", "rows"]) == 0
+    assert "49.4" in (tmp_path / "run" / "README.md").read_text()
+    capsys.readouterr()
+    assert main(["card", folder]) == 2
+    assert "give --overwrite" in capsys.readouterr().err
+    figures.write_text("{}")
+    assert main(["card", folder, "--overwrite"]) == 2
+    assert "49.4" in (tmp_path / "run" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"log_history": []}', '{"log_history": [1]}', "{}"])
+def test_plot_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None) -> None:
+    """A folder without a log, or with a broken one: one line, status 2, no picture."""
+    if content is not None:
+        (tmp_path / "trainer_state.json").write_text(content)
+    assert main(["plot", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hf-pc: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "plot.png").exists()

@@ -49,3 +49,47 @@ def plot_run(path: Path, histories: Mapping[str, History], pc: str = "PC") -> Pa
         axes.grid(alpha=0.25)
     figure.savefig(path, dpi=120)
     return path
+
+
+def plot_history(path: Path, history: History) -> Path:
+    """Write a PNG of one run: its curves, the energy of every node over time as a heat map, and its regime.
+
+    Args:
+        path: the PNG to write.
+        history: `trainer.state.log_history`.
+    """
+    import numpy as np
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    curves, heat, regimes = figure.subplots(1, 3)
+    curves.plot(*_series(history, "loss"), alpha=0.5, label="training")
+    curves.plot(*_series(history, "eval_loss"), marker="o", markersize=4, label="validation")
+    curves.set(xlabel="optimiser step", ylabel="nats per label", title="Loss of a plain forward pass")
+    curves.legend()
+    labels = list(dict.fromkeys(key for entry in history for key in entry if key.startswith("energy/")))
+    nodes = [label for label in labels if label != "energy/output"]
+    rows = [entry for entry in history if nodes and nodes[0] in entry]
+    if rows:
+        table = np.array([[max(float(row.get(node, 0.0)), 0.0) for row in rows] for node in nodes])
+        positive = table[table > 0]
+        norm = LogNorm(max(positive.min(), positive.max() * 1e-6), positive.max()) if positive.size else None
+        edges = np.array([row["step"] for row in rows], dtype=float)
+        shown = heat.pcolormesh(edges, np.arange(len(nodes)), np.where(table > 0, table, np.nan), norm=norm)
+        figure.colorbar(shown, ax=heat, label="nats per label")
+        if len(nodes) <= 16:
+            heat.set_yticks(range(len(nodes)), [node.removeprefix("energy/") for node in nodes], fontsize="small")
+    heat.set(xlabel="optimiser step", title="Energy of every node, input side at the bottom")
+    for name, color in (("relaxed_fraction", "C0"), ("residual", "C3")):
+        regimes.plot(*_series(history, name), color=color, label=name)
+    regimes.axhline(0.02, color="C0", linestyle=":", label="backprop-like below")
+    regimes.axhline(0.05, color="C3", linestyle=":", label="equilibrium below")
+    regimes.set(xlabel="optimiser step", title="Regime")
+    if any(value > 0 for name in ("relaxed_fraction", "residual") for value in _series(history, name)[1]):
+        regimes.set_yscale("log")
+    regimes.legend(fontsize="small")
+    for axes in (curves, regimes):
+        axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=110)
+    return path

@@ -1,0 +1,44 @@
+"""`hf-pc card RUN_DIR`: the model card of a finished run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from hf_pc.cards import TASKS, write_card
+from hf_pc.commands.runs import read
+from hf_pc.config import PCConfig
+
+HELP = "write the model card of a finished run"
+EXAMPLE = 'hf-pc card runs/clm --dataset "Tiny Shakespeare" --overwrite'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="a folder with all_results.json and pc_config.json")
+    parser.add_argument("--dataset", default="a local text", help="what it learned from, in words")
+    parser.add_argument("--base_model", help="the checkpoint that was fine-tuned")
+    parser.add_argument("--auto_class", default="AutoModelForCausalLM", choices=list(TASKS), help="what loads it")
+    parser.add_argument("--overwrite", action="store_true", help="replace the README.md that is there")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if not args.run.is_dir():
+        raise FileNotFoundError(f"{args.run}: there is no such folder")
+    results = read(args.run / "all_results.json")
+    missing = {"pc_eval_loss"} - results.keys()
+    if missing or not results.keys() & {"pc_perplexity", "pc_accuracy"}:
+        raise ValueError(f"{args.run / 'all_results.json'} has no pc_eval_loss with pc_perplexity or pc_accuracy: "
+                         "evaluate the run first")  # fmt: skip
+    config = PCConfig.from_pretrained(args.run)
+    if (args.run / "README.md").exists() and not args.overwrite:
+        raise ValueError(f"{args.run / 'README.md'} is there already: give --overwrite to replace it")
+    path = write_card(
+        args.run, config, results, model_name=args.run.resolve().name, base_model=args.base_model,
+        dataset=args.dataset, auto_class=args.auto_class,
+    )  # fmt: skip
+    return {"card": str(path)}
+
+
+def show(found: dict[str, Any], args: argparse.Namespace) -> None:
+    print(found["card"])

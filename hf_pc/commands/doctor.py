@@ -1,0 +1,179 @@
+"""`hf-pc doctor MODEL`: whether a model can be trained by predictive coding, what a step costs, what would fail."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_pc.commands.loading import add_model_arguments, auto_class, random_batch, without_weights
+from hf_pc.config import PCConfig
+from hf_pc.diagnostics import compare_with_backprop, largest_curvature
+from hf_pc.model import PCModel
+from hf_pc.placement import layer_drop, resolve
+from hf_pc.relaxation import regime
+
+HELP = "check a model: gradients at T = 1, curvature, time and memory of a step, what would fail"
+EXAMPLE = "hf-pc doctor runs/clm --sweeps 3 --batch 8 --sequence 128"
+OK, WARNING, FAILED = "ok", "warning", "failed"
+#: largest deviation of a parameter's gradient from backprop's that rounding explains
+ROUNDING = 1e-3
+STEERING_STEPS = 8
+#: copies of every node's state that a relaxation holds: the error, the best one, two directions
+COPIES = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--sweeps", type=int, default=3)
+    parser.add_argument("--relaxed_fraction", type=float, default=0.03)
+    parser.add_argument("--batch", type=int, default=4, help="sequences of the random batch it tries")
+    parser.add_argument("--sequence", type=int, default=32, help="tokens of each")
+    parser.add_argument("--random_weights", action="store_true", help="read the configuration alone")
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per check: what, value, verdict, explanation."""
+    for name in ("batch", "sequence"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} is not allowed: at least 1 is needed")
+    config = PCConfig(nodes=args.nodes, sweeps=args.sweeps, relaxed_fraction=args.relaxed_fraction)
+    model = _load(args).eval()
+    batch = random_batch(model, args.batch, args.sequence)
+    rows = [_nodes(model, config), _one_sweep(model, config, batch)]
+    pc = PCModel(model, config)
+    try:
+        rows += [_relaxation(pc, batch), _curvature(pc, batch), _time(pc, batch), _memory(pc, batch)]
+    finally:
+        pc.detach()
+    return rows + _presets(model, config, batch) + _warnings(model)
+
+
+def failed(rows: list[dict[str, Any]]) -> bool:
+    return any(row["verdict"] == FAILED for row in rows)
+
+
+def show(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{Path(args.model).name}, {args.sweeps} sweeps")
+    for column in ("check", "value", "verdict", ""):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        value = f"{row['value']:.3g}" if isinstance(row["value"], float) else str(row["value"])
+        table.add_row(row["check"], value, row["verdict"], row["note"])
+    Console().print(table)
+
+
+def _row(check: str, value: Any, verdict: str, note: str = "") -> dict[str, Any]:
+    return {"check": check, "value": value, "verdict": verdict, "note": note}
+
+
+def _load(args: argparse.Namespace) -> Any:
+    if not args.random_weights:
+        return auto_class(args).from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    config = without_weights(args).config
+    torch.manual_seed(0)
+    return auto_class(args).from_config(config, trust_remote_code=args.trust_remote_code)
+
+
+def _nodes(model: Any, config: PCConfig) -> dict[str, Any]:
+    nodes = resolve(model, config)
+    return _row("nodes", len(nodes), OK, f"{nodes[0].name} to {nodes[-1].name}")
+
+
+def _one_sweep(model: Any, config: PCConfig, batch: dict[str, Any]) -> dict[str, Any]:
+    pc = PCModel(model, PCConfig(nodes=config.nodes, sweeps=1))
+    try:
+        # by module: a bias whose gradient is zero but for rounding, as those of keys, has no direction
+        found = compare_with_backprop(pc, batch, group=lambda name: name.rpartition(".")[0])
+    finally:
+        pc.detach()
+    deviations = {
+        name: max(abs(facts["norm_ratio"] - 1), 1 - facts["cosine"]) for name, facts in found.items()
+        if facts["norm_ratio"] > 0  # what this batch does not reach has no gradient in either
+    }  # fmt: skip
+    worst = max(deviations, key=lambda name: deviations[name])
+    deviation = deviations[worst]
+    verdict = OK if deviation < ROUNDING else FAILED
+    return _row("gradient at T = 1 against backprop's", deviation, verdict, f"largest deviation, at {worst}")
+
+
+def _relaxation(pc: PCModel, batch: dict[str, Any]) -> dict[str, Any]:
+    for _ in range(STEERING_STEPS):
+        found = pc.accumulate_grad(**batch)
+        pc.steer()
+    pc.model.zero_grad()
+    name = regime(found.relaxed_fraction, found.residual)
+    note = f"relaxed_fraction {found.relaxed_fraction:.3g}, residual {found.residual:.3g}"
+    return _row("regime on random tokens", name, WARNING if name == "relaxing" else OK, note)
+
+
+def _curvature(pc: PCModel, batch: dict[str, Any]) -> dict[str, Any]:
+    found = largest_curvature(pc, batch)
+    note = f"in precisions; a fixed step is stable under {2 / found:.3g}" if found > 0 else "no curvature"
+    return _row("largest curvature of the free energy", found, OK if found < 20 else WARNING, note)
+
+
+def _seconds(step: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def _time(pc: PCModel, batch: dict[str, Any]) -> dict[str, Any]:
+    pairs = []
+    for _ in range(4):
+        own = _seconds(lambda: pc.accumulate_grad(**batch))
+        backprop = _seconds(lambda: pc.backprop_loss(batch).backward())  # type: ignore[no-untyped-call]
+        pairs.append((own, backprop))
+    pc.model.zero_grad()
+    ratio = statistics.median(own / backprop for own, backprop in pairs[1:])
+    limit = (2 * pc.config.sweeps + 1) / 3
+    seconds = statistics.median(own for own, _ in pairs[1:])
+    note = f"{seconds:.3g} s for this batch; (2T + 1) / 3 is {limit:.3g}"
+    return _row("time of a step over backprop's", ratio, OK if ratio < 1.5 * limit else WARNING, note)
+
+
+def _memory(pc: PCModel, batch: dict[str, Any]) -> dict[str, Any]:
+    relaxed = pc.relax(**batch)
+    rows = len(batch["labels"])
+    errors = COPIES * sum(e.numel() * e.element_size() for e in relaxed.errors.values()) / rows
+    weights = sum(p.numel() * p.element_size() for p in pc.model.parameters())
+    learned = sum(p.numel() * p.element_size() for p in pc.model.parameters() if p.requires_grad)
+    note = (
+        f"MiB a sequence for errors; weights {weights / 2**20:.3g}, their gradients and Adam {3 * learned / 2**20:.3g}"
+    )
+    return _row("memory that relaxation adds", errors / 2**20, OK, note)
+
+
+def _presets(model: Any, config: PCConfig, batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """What else could be nodes: every preset, and the attention logits."""
+    tries: dict[str, dict[str, Any]] = {
+        f"nodes={name!r}": {"nodes": name} for name in ("block", "sublayer", "linear") if name != config.nodes
+    }
+    tries["attention_energy='categorical'"] = {"nodes": config.nodes, "attention_energy": "categorical"}
+    rows = []
+    for name, settings in tries.items():
+        try:
+            pc = PCModel(model, PCConfig(sweeps=2, relative_std=0.1, **settings))
+            try:
+                pc.relax(**batch)
+            finally:
+                pc.detach()
+        except (ValueError, RuntimeError, TypeError) as error:
+            rows.append(_row(name, "does not work", WARNING, str(error).splitlines()[0]))
+        else:
+            rows.append(_row(name, "works", OK))
+    return rows
+
+
+def _warnings(model: Any) -> list[dict[str, Any]]:
+    drop = layer_drop(model)
+    return [] if drop is None else [_row("several processes", drop, WARNING, "would be refused: set it to 0")]

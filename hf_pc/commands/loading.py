@@ -1,0 +1,70 @@
+"""The model that a command is about, and inputs for it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a folder or a Hub repository")
+    parser.add_argument("--nodes", default="block", help="preset or pattern, several separated by commas")
+    parser.add_argument("--auto_class", default="AutoModelForCausalLM", help="class of transformers to build")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+
+
+def auto_class(args: argparse.Namespace) -> Any:
+    """Raises ValueError if `args.auto_class` is none of transformers'."""
+    import transformers
+
+    found = getattr(transformers, args.auto_class, None)
+    if not args.auto_class.startswith("AutoModel") or found is None:
+        raise ValueError(f"--auto_class {args.auto_class!r} is no AutoModel class of transformers")
+    return found
+
+
+def without_weights(args: argparse.Namespace) -> Any:
+    """The model for its shapes alone: nothing is allocated. Raises OSError if there is no such model."""
+    import transformers
+
+    built = auto_class(args)
+    config = transformers.AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    with torch.device("meta"):
+        return built.from_config(config, trust_remote_code=args.trust_remote_code)
+
+
+def smallest_input(model: Any) -> dict[str, Tensor]:
+    """Two tokens, or one image."""
+    return random_input(model, batch=1, sequence=2)
+
+
+def random_input(model: Any, batch: int, sequence: int) -> dict[str, Tensor]:
+    """Random tokens [batch, sequence], or images, from a generator of its own."""
+    config, device = model.config, model.device
+    generator = torch.Generator().manual_seed(0)
+    if model.main_input_name == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        sides = [size, size] if isinstance(size, int) else list(size)
+        pixels = torch.randn(batch, getattr(config, "num_channels", 3), *sides, generator=generator)
+        return {"pixel_values": pixels.to(device)}
+    vocabulary = config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (batch, sequence), generator=generator).to(device)
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
+
+
+def random_batch(model: Any, batch: int, sequence: int) -> dict[str, Tensor]:
+    """`random_input` with labels of the kind that the model's own loss takes."""
+    inputs = random_input(model, batch, sequence)
+    inputs.pop("decoder_input_ids", None)
+    if "Classification" in type(model).__name__ and "Token" not in type(model).__name__:
+        classes = model.config.num_labels
+        labels = torch.arange(batch) % classes
+        if classes == 1:
+            labels = labels.float()
+        return inputs | {"labels": labels.to(model.device)}
+    if "input_ids" not in inputs:
+        raise ValueError(f"{type(model).__name__}: this command knows no labels for it")
+    return inputs | {"labels": inputs["input_ids"].clone()}
