@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from clm_data import END, DataArguments, load_text
 from compare import run
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from standard_library import functions
 from task import CommonArguments, TaskTrainingArguments, at_least, first, launch, parse
 from tokenizers import ByteLevelBPETokenizer
@@ -70,7 +70,7 @@ class Seq2SeqExampleArguments(TaskTrainingArguments, PCSeq2SeqTrainingArguments)
 def load_pairs(args: Arguments) -> DatasetDict:
     """Splits "train" and "validation", columns "source" and "target"; every tenth pair validates."""
     if args.train_file:
-        data = load_text(DataArguments(train_file=args.train_file), None, None)["train"]
+        data = concatenate_datasets(list(load_text(DataArguments(train_file=args.train_file), None, None).values()))
         if not {"source", "target"} <= set(data.column_names):
             raise ValueError(
                 f"--train_file {args.train_file} has the columns {data.column_names}: 'source' and 'target' are needed"
@@ -117,7 +117,7 @@ def tokenize(data: DatasetDict, tokenizer: Any, args: Arguments) -> DatasetDict:
 
 def show_examples(model: Any, tokenizer: Any, data: Any, count: int = 4) -> None:
     model.eval()
-    for row in data.select(range(0, len(data), max(1, len(data) // count))).select(range(count)):
+    for row in first(data.select(range(0, len(data), max(1, len(data) // count))), count):
         ids = tokenizer(row["source"], return_tensors="pt")["input_ids"].to(model.device)
         with torch.no_grad():
             made = model.generate(input_ids=ids, max_new_tokens=20, do_sample=False)

@@ -55,7 +55,12 @@ def load(args: TextArguments) -> DatasetDict:
         columns = data["train"].column_names
         if not {"text", "label"} <= set(columns):
             raise ValueError(f"--train_file {args.train_file} has the columns {columns}: 'text', 'label' are needed")
-        data = DatasetDict({name: split.class_encode_column("label") for name, split in data.items()})
+        # encoded as one: a class may be missing in a part
+        whole = concatenate_datasets(list(data.values())).class_encode_column("label")
+        cut = len(data["train"])
+        data = DatasetDict(train=whole.select(range(cut)), validation=whole.select(range(cut, len(whole))))
+        if whole.features["label"].num_classes < 2:
+            raise ValueError(f"--train_file {args.train_file} has one class alone: at least 2 are needed")
     if args.train_file is None or args.validation_file is None:
         whole = concatenate_datasets(list(data.values()))  # files are often sorted by class: not the last tenth
         held_out = range(0, len(whole), 10)
@@ -91,6 +96,9 @@ def model_of(args: TextArguments, data: DatasetDict, tokenizer: Any) -> Any:
 
 def options(args: TextArguments, data: DatasetDict, tokenizer: Any) -> dict[str, Any]:
     """What a Trainer takes: the tokenised data, the collator, the accuracy."""
+    positions = tokenizer.model_max_length if args.model_name_or_path else SMALL_ENCODER["max_position_embeddings"]
+    if args.max_seq_length > positions:
+        raise ValueError(f"--max_seq_length {args.max_seq_length} is over the {positions} positions of the model")
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
         return dict(tokenizer(rows["text"], truncation=True, max_length=args.max_seq_length))

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from safetensors import SafetensorError
+
 from hf_pc.commands import card, doctor, nodes, plot
 
 COMMANDS: dict[str, Any] = {"nodes": nodes, "doctor": doctor, "plot": plot, "card": card}
@@ -33,8 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[args.command]
     try:
         found = command.run(args)
-    except (ValueError, TypeError, AttributeError, OSError) as error:
-        print(f"hf-pc: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (ValueError, TypeError, AttributeError, OSError, RuntimeError, LookupError, SafetensorError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        print(f"hf-pc: {lines[0]}", file=sys.stderr)
         return WRONG
     if args.json:
         print(json.dumps(found))

@@ -5,7 +5,10 @@ A hook cannot be compiled, so not the model is compiled but the forward of each 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,15 +30,36 @@ def check_compilable(nodes: list[Node]) -> None:
             )
 
 
-def compile_forwards(nodes: list[Node]) -> Callable[[], None]:
-    """Compile the forward of every node's module; returns what undoes it."""
-    compiled: dict[nn.Module, object] = {}
+class CompiledForward:
+    """Takes the place of a module's forward: compiled while a batch relaxes or is learned, as it was otherwise.
+
+    Evaluation and generation would only add graphs, of which torch allows few. A copy of the module gets a forward of
+    its own, not compiled.
+    """
+
+    def __init__(self, module: nn.Module, active: Callable[[], bool]) -> None:
+        self.module = weakref.ref(module)
+        self.plain = module.forward
+        self.compiled = torch.compile(module.forward)
+        self.active = active
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.compiled if self.active() else self.plain)(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self.module())]
+        return MethodType(type(copied).forward, copied)
+
+
+def compile_forwards(nodes: list[Node], active: Callable[[], bool]) -> Callable[[], None]:
+    """Compile the forward of every node's module, to be used while `active()`; returns what undoes it."""
+    before: dict[nn.Module, object] = {}
     for node in nodes:
-        compiled[node.module] = node.module.__dict__.get("forward")
-        node.module.forward = torch.compile(node.module.forward)  # type: ignore[method-assign]
+        before[node.module] = node.module.__dict__.get("forward")
+        node.module.forward = CompiledForward(node.module, active)  # type: ignore[method-assign]
 
     def undo() -> None:
-        for module, own in compiled.items():
+        for module, own in before.items():
             if own is None:
                 del module.forward
             else:

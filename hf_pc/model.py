@@ -12,7 +12,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class PCModel:
         self._own_labels: Tensor | None = None
         self._random: RandomState | None = None
         self._confirm: Callable[[], bool] | None = None
+        self._defers = False
         self._keep_states = False
         self._states: dict[str, Tensor] = {}
         self.attach()
@@ -90,7 +91,9 @@ class PCModel:
         handles = [node.attach(call) for node in self._module_nodes]
         if self._attention:
             self._attention.attach(call)
-        undo = compile_forwards(self._module_nodes) if self.config.compile else None
+        this = weakref.ref(self)
+        active: Callable[[], bool] = lambda: (alive := this()) is not None and alive.relaxation is not None  # noqa: E731
+        undo = compile_forwards(self._module_nodes, active) if self.config.compile else None
         modules = [node.module for node in self._module_nodes]
         _ATTACHED.update(modules)
         self._detach = weakref.finalize(self, _remove, handles, modules, self._attention, undo)
@@ -174,10 +177,14 @@ class PCModel:
             self._first_prediction.forget()
         batch, labels = self._split(inputs, phase)
         count = labels.ne(-100).sum()
+        routed = routes(self.model, batch)  # a router's losses are gathered inside the blocks
         strength = Strength(self.config.precision, self.relative_std, self.steering.activity)
         signs = self.steering.signs(len(labels)) if phase.mirrored else None
         self.relaxation = Relaxation(len(labels), count, strength, self.solver.join, phase, self._before, signs)
         self.relaxation.followed = first and any(other.warm for other in self.phases)
+        # what waits at a site is taken up by the last phase, if that has the same sites
+        later = phase is not PLAIN and phase is not self.phases[-1] and all(other.warm for other in self.phases[1:])
+        self._defers = later and not routed
         self.relaxation.weights = [p for p in self.model.parameters() if p.requires_grad]
         if any(phase.own_labels for phase in self.phases) and first:
             # taken before the generator is noted: what is restored in every pass would give every step the same draw
@@ -191,7 +198,7 @@ class PCModel:
                 with ExitStack() as relaxing:
                     if weight_step is None:
                         relaxing.enter_context(self._frozen())
-                        if not routes(self.model, batch):  # whose losses are gathered inside the blocks
+                        if not routed:
                             relaxing.enter_context(self._first_prediction.reused())
                     self._confirm = self._relax(batch, labels, weight_step)
                 yield self.relaxation
@@ -237,12 +244,14 @@ class PCModel:
         forward = forward or self.model
         bare = forward is self.model
         self.relaxation.pieces = bare and not routes(self.model, batch)
-        self.relaxation.begin(mode)
-        outputs, energy = self._pass(forward, batch, labels)
-        if not _everywhere(self._confirm(), energy.device, bare=bare):
-            del outputs
+        self.relaxation.defers = mode == LEARN and self._defers and self._first_prediction.serves_learning()
+        with self._first_prediction.reused() if self.relaxation.defers else nullcontext():
             self.relaxation.begin(mode)
             outputs, energy = self._pass(forward, batch, labels)
+            if not _everywhere(self._confirm(), energy.device, bare=bare):
+                del outputs
+                self.relaxation.begin(mode)
+                outputs, energy = self._pass(forward, batch, labels)
         return energy if mode == RELAX else self.relaxation.loss(energy), outputs
 
     def free_energy_gradients(self, inputs: Mapping[str, Any]) -> list[Tensor]:

@@ -125,6 +125,7 @@ class Site:
         # of phases that others follow: the errors after the first move from rest, and after the last
         self.first_move: Tensor | None = None
         self.last_move: Tensor | None = None
+        self.waiting: Tensor | None = None  # signals to this node's module of phases that did not run it to learn
         self.rest_move: Tensor | None = None  # of a phase that begins elsewhere: where one move from rest would lead
         # of solvers that differentiate piece by piece: g, dF/dx, and a Lagrange multiplier
         self.signal: Tensor
@@ -133,6 +134,7 @@ class Site:
         node.energy.check(mu, node.name)
         self.precision = strength.of(node, label, mu)
         self.energy: Tensor
+        self.rest_energy: Tensor  # the energy of no error, such as the logarithm of a learned sigma
         self.prediction_square: Tensor
         self.gradient_square: Tensor
         self.signal_square: Tensor
@@ -207,4 +209,7 @@ class NodeFunction(torch.autograd.Function):
         else:
             down = gradient + energy.grad_prediction(error, mu, site.precision)
         down = (down * scale if scaled else down).to(ctx.dtype)
+        if sweep.mode == LEARN and site is sweep.sites[0]:
+            down = down if site.waiting is None else down + site.waiting
+            site.waiting = down if sweep.defers else None
         return down if ctx.needs_input_grad[0] else None, gradient if sweep.mode == RELAX else None, None, None

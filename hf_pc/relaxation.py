@@ -60,6 +60,7 @@ class Relaxation:
         self.weights: list[Tensor] = []  # what may learn
         self._held: dict[Tensor, Tensor] = {}
         self.followed = False  # whether a phase comes that begins where this one's errors point to
+        self.defers = False  # whether the first node's module is left to learn in a later phase
         self.step_size = 1.0
         self.scale: Tensor | float = 1.0
         self.sweeps = 0
@@ -141,6 +142,8 @@ class Relaxation:
         else:
             energy = node.energy.energy(site.error.detach(), site.prediction, site.precision)
             site.energy = site.per_sequence(energy, self.batch)
+        if self.at_rest:
+            site.rest_energy = site.energy
         site.signal_square = site.gradient_square = torch.zeros_like(site.energy)
         return state
 
@@ -212,7 +215,8 @@ class Relaxation:
     def rest_energy(self) -> Tensor:
         """F of each sequence where every error is zero, nats, [batch], float64."""
         assert self.feedforward_energy is not None
-        return self.signed(self.feedforward_energy).double()
+        rest = self.signed(self.feedforward_energy).double()
+        return sum((site.rest_energy.to(rest.device) for site in self.sites), rest)
 
     def _free_energy(self, *, signed: bool) -> Tensor:
         assert self.output_energy is not None

@@ -1,7 +1,9 @@
 """What no error can change is computed once per step.
 
 The first node's module sees the batch and no state, so in every relaxing sweep of a step it computes the same. The
-first sweep's output is kept and given again; the learning pass computes it anew, since its weights learn.
+first sweep's output is kept and given again; the learning pass computes it anew, since its weights learn. Where
+several phases learn, only the last does: what the others teach the module is the sum of their signals at its node,
+which waits there for it (`Site.waiting`).
 """
 
 from __future__ import annotations
@@ -35,6 +37,13 @@ class FirstPrediction:
 
     def begin_pass(self) -> None:
         self._ran = False
+
+    def serves_learning(self) -> bool:
+        """Whether what is kept may stand in for the module in a learning pass: nothing else of it is learned from."""
+        if self._kept is None or getattr(self._module, "gradient_checkpointing", False):
+            return False  # a checkpointed module is run again in the backward pass, by then as itself
+        output = self._kept[0]
+        return not isinstance(output, tuple) or not any(isinstance(part, Tensor) for part in output[1:])
 
     def found(self, module: nn.Module | None) -> None:
         """Learn whose output came first in the pass that has just ended; None if that is no module's."""

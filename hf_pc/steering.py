@@ -106,8 +106,11 @@ def check_state(state: Any) -> None:
     """Raise ValueError if this is no `PCModel.state_dict`."""
     value = state.get("relative_std") if isinstance(state, Mapping) else None
     check_scale("state", "relative_std", value, upper=LARGEST_STD)
-    if state.get("rows", 0) not in (0, 1):
+    if isinstance(state.get("rows", 0), bool) or state.get("rows", 0) not in (0, 1):
         raise ValueError(f"state.rows={state['rows']!r} is not allowed: 0 or 1 is needed")
+    energies = state.get("energies", {})
+    if not isinstance(energies, Mapping) or not all(isinstance(own, Mapping) for own in energies.values()):
+        raise ValueError(f"state.energies={energies!r} is not allowed: an object of objects is needed")
     activity = state.get("activity", {})
     if not isinstance(activity, Mapping):
         raise ValueError(f"state.activity={activity!r} is not allowed: an object of numbers is needed")

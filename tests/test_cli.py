@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from test_invariants import make
+from test_reuse import mixtral
 from test_trainer import trainer
 from transformers import BertConfig, T5Config, ViTConfig
 
@@ -104,11 +106,12 @@ def test_doctor_fails_where_gradients_are_wrong(
 ) -> None:
     """A model whose gradients at T = 1 are not backprop's is a failed check and status 1."""
     make("gpt2").save_pretrained(tmp_path)
-    wrong = {"a": {"cosine": 1.0, "norm_ratio": 1.5}, "b": {"cosine": 1.0, "norm_ratio": 1.0}}
+    wrong = {"a": {"cosine": 1.0, "norm_ratio": 1.0, "backprop_norm": 1.0},
+             "b": {"cosine": 0.0, "norm_ratio": 0.0, "backprop_norm": 1.0}}  # fmt: skip
     monkeypatch.setattr("hf_pc.commands.doctor.compare_with_backprop", lambda pc, batch, group: wrong)
     assert main(["doctor", str(tmp_path), "--sequence", "8", "--json"]) == 1
     rows = {row["check"]: row for row in json.loads(capsys.readouterr().out)}
-    assert rows["gradient at T = 1 against backprop's"]["note"].endswith("at a")
+    assert rows["gradient at T = 1 against backprop's"]["note"].endswith("at b")
 
 
 def test_plot_and_card_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,3 +149,29 @@ def test_plot_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], cont
     assert error.startswith("hf-pc: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "plot.png").exists()
+
+
+def test_wrong_input_of_every_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Too long, too short, weights that cannot be read, an adapter: one line, status 2."""
+    make("gpt2").save_pretrained(tmp_path / "model")
+    get_peft_model(make("gpt2"), LoraConfig(target_modules=["c_attn"])).save_pretrained(tmp_path / "adapter")
+    make("gpt2").save_pretrained(tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"nothing")
+    for arguments, message in (
+        (["doctor", "model", "--sequence", "64"], "--sequence 64 is over the 32 positions"),
+        (["doctor", "model", "--sequence", "1"], "--sequence 1 is not allowed"),
+        (["doctor", "broken"], ""),
+        (["doctor", "adapter"], "is an adapter"),
+        (["nodes", "adapter"], "is an adapter"),
+    ):
+        assert main([arguments[0], str(tmp_path / arguments[1]), *arguments[2:]]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("hf-pc: ")
+        assert message in error
+
+
+def test_nodes_of_a_mixture_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its shapes are known without weights too."""
+    mixtral().config.save_pretrained(tmp_path)
+    assert main(["nodes", str(tmp_path), "--json"]) == 0
+    assert [row["shape"] for row in json.loads(capsys.readouterr().out)] == [[32], [32]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from test_invariants import batch, gradients, make, worst
@@ -45,3 +47,18 @@ def test_a_compiled_model_generates() -> None:
     pc = PCModel(model, PCConfig(compile=True))
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
     pc.detach()
+
+
+def test_a_copy_of_a_compiled_model_is_its_own() -> None:
+    """A deep copy, as for a moving average, computes with its own weights and is not compiled."""
+    model = make("gpt2").eval()
+    pc = PCModel(model, PCConfig(compile=True))
+    copied = copy.deepcopy(model)
+    pc.detach()
+    with torch.no_grad():
+        for parameter in copied.transformer.h.parameters():
+            parameter.zero_()
+        for parameter in model.transformer.h.parameters():
+            parameter.zero_()
+    ids = batch()["input_ids"]
+    assert torch.equal(copied(ids).logits, model(ids).logits)

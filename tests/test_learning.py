@@ -179,3 +179,20 @@ def test_an_overflow_in_one_phase_stays_there() -> None:
         with pc.relaxed(batch(), phase=phase) as relaxation:
             (scale * pc.learning_pass(batch())[0]).backward()
             assert relaxation.free_energy().isfinite().all()
+
+
+def test_rest_has_the_energy_of_its_variances() -> None:
+    """Where no error has an energy, of a learned sigma, a warm phase is held against rest with it: nothing is refused
+    that a cold one would take."""
+    for log_std in (-0.5, 0.5):
+        settings: dict[str, Any] = {"energy": "learned_variance", "learning": "centred", "relative_std": 0.3}
+        pc = PCModel(make("gpt2"), PCConfig(sweeps=4, **settings))
+        pc.accumulate_grad(**batch())
+        for node in pc.nodes:
+            node.energy.load_state_dict({"log_std": [log_std] * 32})
+        found = pc.accumulate_grad(**batch())
+        assert found.refused == 0
+        with pc.relaxed(batch(), phase=pc.phases[0]) as cold:
+            pc.learning_pass(batch())[0].backward()
+        assert cold.feedforward_energy is not None
+        assert (cold.rest_energy() - cold.signed(cold.feedforward_energy)).sign().mean() == (1 if log_std > 0 else -1)

@@ -32,6 +32,7 @@ from hf_pc import (
     PCTrainerMixin,
     PCTrainingArguments,
 )
+from hf_pc.diagnostics import largest_curvature
 from hf_pc.trainer import BackpropTrainer, NonFiniteEnergyError
 
 RELAXING = PCConfig(sweeps=3, relaxed_fraction=0.05)
@@ -332,15 +333,15 @@ def test_accumulation_with_states(tmp_path: Path, solver: str) -> None:
     assert (whole - halves).norm() / whole.norm() < 1e-6
 
 
-@pytest.mark.parametrize("solver", ["error", "state"])
-def test_a_step_that_drops_every_block(tmp_path: Path, solver: str) -> None:
+@pytest.mark.parametrize(("solver", "rule"), [("error", "plain"), ("state", "plain"), ("error", "extrapolated")])
+def test_a_step_that_drops_every_block(tmp_path: Path, solver: str, rule: Any) -> None:
     """With LayerDrop a step without any block learns as backprop does; others drop the same blocks in all sweeps."""
     config = BartConfig(vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16,
                         decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2, dropout=0.0,
                         encoder_layerdrop=0.5, decoder_layerdrop=0.5, pad_token_id=0)  # fmt: skip
     set_seed(0)
     model = BartForConditionalGeneration(config).train()
-    pc = PCModel(model, PCConfig(solver=solver, sweeps=4, relative_std=0.3))
+    pc = PCModel(model, PCConfig(solver=solver, sweeps=4, relative_std=0.3, learning=rule))
     dropped = []
     for seed in range(12):
         ids = torch.randint(1, 50, (2, 6))
@@ -356,7 +357,9 @@ def test_a_step_that_drops_every_block(tmp_path: Path, solver: str) -> None:
             torch.manual_seed(seed)
             pc.backprop_loss(inputs).backward()
             assert worst(learned, gradients(model)) < 1e-5
-            assert found.sweeps == 2  # one that met no node, and one that learned
+            assert rule != "plain" or found.sweeps == 2  # one that met no node, and one that learned
+            torch.manual_seed(seed)
+            assert largest_curvature(pc, inputs) == 0.0
     assert set(dropped) == {True, False}
     assert pc.relative_std == pytest.approx(0.3)
 

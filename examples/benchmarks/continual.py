@@ -58,7 +58,8 @@ def run(
         for name, tested in zip(("first", "second"), both, strict=True):
             found[f"{name}_after_{half}"] = math.exp(min(700.0, loss_of(model, tested.test, args.sequence)))
     found["forgotten_nats"] = math.log(found["first_after_second"] / found["first_after_first"])
-    found["validation_loss"] = statistics.fmean(loss_of(model, text.validation, args.sequence) for text in both)
+    loss = statistics.fmean(loss_of(model, text.validation, args.sequence) for text in both)
+    found["validation_loss"] = loss if math.isfinite(loss) else math.inf
     for name in ("relaxed_fraction", "residual") if config else ():
         found[name] = statistics.fmean(half[name] for half in facts)
     return found

@@ -23,6 +23,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = arguments(__doc__, **DEFAULTS)
     parser.add_argument("--characters", type=positive, default=10_000, help="of the training text that are used")
     args = parser.parse_args(argv)
+    if args.characters < args.sequence:
+        raise ValueError(f"--characters {args.characters} is less than one --sequence of {args.sequence}")
     text = characters(args)
     return compare(methods(args.sweeps), replace(text, train=text.train[: args.characters]), args)
 

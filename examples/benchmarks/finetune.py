@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -59,8 +60,9 @@ def train(
         if config is not None:
             trainer = PCTrainer(model=model, args=settings, pc_config=config, **given)
         trainer.train()
+        loss = trainer.evaluate()["eval_loss"]
         found = {
-            "validation_loss": trainer.evaluate()["eval_loss"],
+            "validation_loss": loss if math.isfinite(loss) else math.inf,
             "test_accuracy": trainer.evaluate(test, metric_key_prefix="test")["test_accuracy"],
         }
     if config is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hf_pc.commands.loading import add_model_arguments, auto_class, random_batch, without_weights
+from hf_pc.commands.loading import add_model_arguments, auto_class, random_batch, refuse_adapter, without_weights
 from hf_pc.config import PCConfig
 from hf_pc.diagnostics import compare_with_backprop, largest_curvature
 from hf_pc.model import PCModel
@@ -39,11 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per check: what, value, verdict, explanation."""
-    for name in ("batch", "sequence"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} is not allowed: at least 1 is needed")
+    for name, least in (("batch", 1), ("sequence", 2)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)} is not allowed: at least {least} is needed")
     config = PCConfig(nodes=args.nodes, sweeps=args.sweeps, relaxed_fraction=args.relaxed_fraction)
     model = _load(args).eval()
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if model.main_input_name != "pixel_values" and positions and args.sequence > positions:
+        raise ValueError(f"--sequence {args.sequence} is over the {positions} positions of the model")
     batch = random_batch(model, args.batch, args.sequence)
     rows = [_nodes(model, config), _one_sweep(model, config, batch)]
     pc = PCModel(model, config)
@@ -77,6 +80,7 @@ def _row(check: str, value: Any, verdict: str, note: str = "") -> dict[str, Any]
 
 def _load(args: argparse.Namespace) -> Any:
     if not args.random_weights:
+        refuse_adapter(args)
         return auto_class(args).from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     config = without_weights(args).config
     torch.manual_seed(0)
@@ -97,11 +101,13 @@ def _one_sweep(model: Any, config: PCConfig, batch: dict[str, Any]) -> dict[str,
         pc.detach()
     deviations = {
         name: max(abs(facts["norm_ratio"] - 1), 1 - facts["cosine"]) for name, facts in found.items()
-        if facts["norm_ratio"] > 0  # what this batch does not reach has no gradient in either
+        if facts["norm_ratio"] != 0 or facts["backprop_norm"] > 0  # else this batch reaches it by neither
     }  # fmt: skip
+    if not deviations:
+        return _row("gradient at T = 1 against backprop's", 0.0, FAILED, "no parameter has a gradient")
     worst = max(deviations, key=lambda name: deviations[name])
     deviation = deviations[worst]
-    verdict = OK if deviation < ROUNDING else FAILED
+    verdict = OK if deviation < ROUNDING else FAILED  # also where it is not a number
     return _row("gradient at T = 1 against backprop's", deviation, verdict, f"largest deviation, at {worst}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,12 +27,21 @@ def auto_class(args: argparse.Namespace) -> Any:
     return found
 
 
+def refuse_adapter(args: argparse.Namespace) -> None:
+    """Raise ValueError if the model is an adapter, whose base model may be anywhere."""
+    if (Path(args.model) / "adapter_config.json").is_file():
+        raise ValueError(f"{args.model} is an adapter: give its base model, or the folder of the merged model")
+
+
 def without_weights(args: argparse.Namespace) -> Any:
     """The model for its shapes alone: nothing is allocated. Raises OSError if there is no such model."""
     import transformers
 
     built = auto_class(args)
+    refuse_adapter(args)
     config = transformers.AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    if hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "batched_mm"  # the other kernels know no meta tensors
     with torch.device("meta"):
         return built.from_config(config, trust_remote_code=args.trust_remote_code)
 
@@ -62,8 +72,10 @@ def random_batch(model: Any, batch: int, sequence: int) -> dict[str, Tensor]:
     if "Classification" in type(model).__name__ and "Token" not in type(model).__name__:
         classes = model.config.num_labels
         labels = torch.arange(batch) % classes
-        if classes == 1:
-            labels = labels.float()
+        if model.config.problem_type == "multi_label_classification":
+            labels = torch.nn.functional.one_hot(labels, classes).float()
+        elif classes == 1 or model.config.problem_type == "regression":
+            labels = labels.float() if classes == 1 else torch.zeros(batch, classes)
         return inputs | {"labels": labels.to(model.device)}
     if "input_ids" not in inputs:
         raise ValueError(f"{type(model).__name__}: this command knows no labels for it")

@@ -14,7 +14,7 @@ from hf_pc.model import PCModel
 def compare_with_backprop(
     pc: PCModel, inputs: Mapping[str, Any], group: Callable[[str], str] = lambda name: name
 ) -> dict[str, dict[str, float]]:
-    """Cosine and norm ratio (PC over backprop) of the two gradients of a batch, per group of parameters.
+    """Cosine and norm ratio (PC over backprop) of the two gradients of a batch, and backprop's norm, per group.
 
     A cosine over the whole model hides the input side, whose gradients are small; group by depth.
     Gradients that the model holds are kept. The model should be in evaluation mode or without dropout.
@@ -52,5 +52,5 @@ def compare_with_backprop(
     found = {}
     for name, (dot, aa, bb) in sums.items():
         cosine, ratio = dot / (aa * bb).sqrt().clamp_min(tiny), (aa / bb.clamp_min(tiny)).sqrt()
-        found[name] = {"cosine": float(cosine), "norm_ratio": float(ratio)}
+        found[name] = {"cosine": float(cosine), "norm_ratio": float(ratio), "backprop_norm": float(bb.sqrt())}
     return found

@@ -35,6 +35,8 @@ def largest_curvature(pc: PCModel, inputs: Mapping[str, Any], iterations: int = 
         if not relaxation.sites:  # at T = 1 nothing has run yet
             pc.free_energy_gradients(inputs)
         sites = relaxation.sites
+        if not sites:  # LayerDrop has left no node
+            return 0.0
         at = [site.leaf.detach() for site in sites]
         roots = [site.precision.sqrt() for site in sites]
 

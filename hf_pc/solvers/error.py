@@ -34,7 +34,8 @@ class ErrorSolver(Solver):
     ) -> Callable[[], bool]:
         if self.step_size != "auto":
             return self._relax_fixed(relaxation, forward, float(self.step_size))
-        descent = Descent.beside_rest(relaxation, self.tolerance) if relaxation.phase.warm else None
+        warm = relaxation.phase.warm and relaxation.sites  # LayerDrop may leave a step without any
+        descent = Descent.beside_rest(relaxation, self.tolerance) if warm else None
         for _ in range(relaxation.passes(self.sweeps) - 1):
             relaxation.begin(RELAX)
             energy = forward()
