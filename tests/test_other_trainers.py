@@ -10,11 +10,13 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+from test_invariants import gradients, worst
 from tokenizers import ByteLevelBPETokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
+from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import SFTConfig, SFTTrainer
 
-from hf_pc import PCConfig, PCTrainerMixin
+from hf_pc import PCConfig, PCModel, PCTrainerMixin
 
 
 class PCSFTTrainer(PCTrainerMixin, SFTTrainer):
@@ -71,3 +73,41 @@ def test_a_loss_of_whole_batches_is_refused(tmp_path: Path) -> None:
             loss=CosineSimilarityLoss(model), pc_config=PCConfig(),
         )  # fmt: skip
     assert not (tmp_path / "none").exists()
+
+
+class Pairs(torch.nn.Module):
+    """The cosine of two sentences, from one encoder: a loss per pair, as CosineSimilarityLoss is, has an energy."""
+
+    def __init__(self, encoder: SentenceTransformer) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor, labels: Any = None) -> SequenceClassifierOutput:
+        embeddings = [
+            self.encoder({"input_ids": ids, "attention_mask": torch.ones_like(ids)})["sentence_embedding"]
+            for ids in (first, second)
+        ]
+        return SequenceClassifierOutput(logits=torch.cosine_similarity(*embeddings))
+
+
+def test_a_sentence_encoder_learns_pairs(tmp_path: Path) -> None:
+    """A SentenceTransformer learns from labelled pairs: at T = 1 half the gradient of the mean squared error."""
+    set_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    BertModel(BertConfig(vocab_size=270, **sizes, **drops)).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    encoder = SentenceTransformer(str(tmp_path), device="cpu")
+    model = Pairs(encoder).double()
+    ids = torch.randint(1, 250, (2, 4, 6))
+    inputs = {"first": ids[0], "second": ids[1], "labels": torch.rand(4, dtype=torch.float64)}
+    torch.nn.functional.mse_loss(model(**inputs).logits, inputs["labels"]).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    pc = PCModel(model, PCConfig(sweeps=1, output="gaussian"))
+    pc.accumulate_grad(**inputs)
+    assert worst({name: 2 * value for name, value in gradients(model).items()}, expected) < 1e-6
+    pc.detach()
+    found = PCModel(model, PCConfig(sweeps=20, output="gaussian", relative_std=0.3)).relax(**inputs)
+    assert found.residual < 1e-4
+    assert len(found.errors) == 4  # two blocks, each run on both sentences
