@@ -28,7 +28,7 @@ from hf_pc.node import LEARN, RELAX, Node, Strength
 from hf_pc.output import Output, auxiliary_loss, routes
 from hf_pc.placement import layer_drop, resolve
 from hf_pc.processes import process_count, process_index
-from hf_pc.relaxation import EVERY_PHASE, Relaxation, add_sums, summary
+from hf_pc.relaxation import EVERY_PHASE, Relaxation, Share, add_sums, summary
 from hf_pc.report import RelaxationOutput
 from hf_pc.reuse import FirstPrediction
 from hf_pc.rng import RandomState
@@ -62,6 +62,7 @@ class PCModel:
         self.steering = Steering(self.config)
         #: the relaxations of one step; the first is the one that is reported
         self.phases: tuple[Phase, ...] = RULES[self.config.learning]
+        self.share = Share()
         self.relaxation: Relaxation | None = None
         self._before: Relaxation | None = None
         self._first_prediction = FirstPrediction(model, self._module_nodes[0].module)
@@ -180,7 +181,9 @@ class PCModel:
         routed = routes(self.model, batch)  # a router's losses are gathered inside the blocks
         strength = Strength(self.config.precision, self.relative_std, self.steering.activity)
         signs = self.steering.signs(len(labels)) if phase.mirrored else None
-        self.relaxation = Relaxation(len(labels), count, strength, self.solver.join, phase, self._before, signs)
+        self.relaxation = Relaxation(
+            len(labels), count, strength, self.solver.join, phase, self._before, signs, self.share
+        )
         self.relaxation.followed = first and any(other.warm for other in self.phases)
         # what waits at a site is taken up by the last phase, if that has the same sites
         later = phase is not PLAIN and phase is not self.phases[-1] and all(other.warm for other in self.phases[1:])
@@ -362,7 +365,7 @@ class PCModel:
         assert relaxation.feedforward_energy is not None
         return RelaxationOutput(
             **summary(relaxation.sums()),
-            feedforward_energy=float(relaxation.feedforward_energy.sum() / relaxation.tokens),
+            feedforward_energy=float(self.share.sum(relaxation.feedforward_energy.double().sum()) / relaxation.tokens),
             states=self._states,
             errors={site.label: site.error.detach() for site in relaxation.sites},
             sequence_free_energy=relaxation.free_energy(),

@@ -103,6 +103,14 @@ class Strength:
         return torch.full((), fixed, dtype=wide(mu).dtype, device=mu.device)
 
 
+@dataclass
+class Boundary:
+    """A state that belongs to another process: a leaf that predicts what follows here, and the signal it gets back."""
+
+    leaf: Tensor
+    signal: Tensor | None = None
+
+
 class Site:
     """One firing of a node in one batch: its error, and what the passes measure there.
 
@@ -127,8 +135,8 @@ class Site:
         self.last_move: Tensor | None = None
         self.waiting: Tensor | None = None  # signals to this node's module of phases that did not run it to learn
         self.rest_move: Tensor | None = None  # of a phase that begins elsewhere: where one move from rest would lead
-        # of solvers that differentiate piece by piece: g, dF/dx, and a Lagrange multiplier
-        self.signal: Tensor
+        # of solvers that differentiate piece by piece: g so far in this pass, dF/dx, and a Lagrange multiplier
+        self.signal: Tensor | None = None
         self.gradient: Tensor
         self.multiplier: Tensor
         node.energy.check(mu, node.name)

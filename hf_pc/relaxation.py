@@ -16,11 +16,26 @@ from torch import Tensor
 
 from hf_pc.energies import wide
 from hf_pc.learning import PLAIN, Phase
-from hf_pc.node import RELAX, LossScale, Node, Site, Strength
+from hf_pc.node import RELAX, Boundary, LossScale, Node, Site, Strength
 
 OUTPUT_LABEL = "output"
 #: what every phase adds to; the rest is reported of the first phase alone
 EVERY_PHASE = ("sweeps", "tried", "refused", "residual", "sequences")
+
+
+class Share:
+    """Which part of the nodes this process relaxes: all of them. In `hf_pc.distributed` each process has a part."""
+
+    #: whether the node that the output follows is among them
+    top = True
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums over the nodes here made sums over all nodes."""
+        return values
+
+    def merge(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`Relaxation.sums` of the nodes here made those of all nodes."""
+        return sums
 
 
 class Relaxation:
@@ -34,6 +49,7 @@ class Relaxation:
         phase: the strength of the output energy, and how the errors start.
         before: the relaxation of the phase before, of the same batch.
         signs: +1 or -1, [batch], on the output energy of each sequence and on what is learned from it; None is +1.
+        share: which part of the nodes is relaxed here.
     """
 
     def __init__(
@@ -45,8 +61,11 @@ class Relaxation:
         phase: Phase = PLAIN,
         before: Relaxation | None = None,
         signs: Tensor | None = None,
+        share: Share | None = None,
     ) -> None:
         self.batch = batch
+        self.share = share or Share()
+        self.boundary: Boundary | None = None  # the state of another process that the first module here predicts from
         self.phase = phase
         self.signs = signs
         self._join = join
@@ -124,6 +143,8 @@ class Relaxation:
         """Start the same pass anew."""
         self._visits = {}
         self._held = {}
+        for site in self.sites:
+            site.signal = None
 
     def hold(self, weight: Tensor, gradient: Tensor) -> None:
         """Keep a weight's gradient, in nats, until the loss's `backward()` tells its scale."""
@@ -177,7 +198,7 @@ class Relaxation:
         """Note g and dF/dx of a site, in nats; called once per site and pass."""
         site.signal_square = self._weighted_square(site, signal)
         site.gradient_square = site.signal_square if self.at_rest else self._weighted_square(site, gradient)
-        if site is self.sites[-1]:
+        if site is self.sites[-1] and self.share.top:
             if self._top_signal is None:
                 self._top_signal = signal.detach()
                 self._reference = torch.linalg.vector_norm(signal).double().square()
@@ -200,10 +221,10 @@ class Relaxation:
 
         def note(scale: Tensor) -> None:
             self.scale = scale
-            for weight, gradient in self._held.items():
-                scaled = gradient * scale.to(gradient.dtype)
-                weight.grad = scaled if weight.grad is None else weight.grad + scaled
-            self._held = {}
+            while self._held:  # one by one: no second copy of all gradients
+                weight, gradient = self._held.popitem()
+                gradient = gradient * scale.to(gradient.dtype)
+                weight.grad = gradient if weight.grad is None else weight.grad + gradient
 
         total: Tensor = LossScale.apply(self.signed(output_energy).sum(), note)  # type: ignore[no-untyped-call]
         return self.phase.weight * total
@@ -215,26 +236,32 @@ class Relaxation:
     def rest_energy(self) -> Tensor:
         """F of each sequence where every error is zero, nats, [batch], float64."""
         assert self.feedforward_energy is not None
-        rest = self.signed(self.feedforward_energy).double()
-        return sum((site.rest_energy.to(rest.device) for site in self.sites), rest)
+        return self._with_sites(self.signed(self.feedforward_energy), "rest_energy")
 
     def _free_energy(self, *, signed: bool) -> Tensor:
         assert self.output_energy is not None
-        total = (self.signed(self.output_energy) if signed else self.output_energy).double()
-        for site in self.sites:
-            total = total + site.energy.to(total.device)
-        return total
+        return self._with_sites(self.signed(self.output_energy) if signed else self.output_energy, "energy")
 
-    def _signal(self) -> Tensor:
-        return sum((site.signal_square for site in self.sites), torch.zeros((), dtype=torch.float64))
+    def _with_sites(self, values: Tensor, name: str) -> Tensor:
+        """Values of each sequence, [batch], and what all sites measured under this name, wherever they are."""
+        values = values.double()
+        return self.share.sum(sum((getattr(site, name).to(values.device) for site in self.sites), values))
+
+    def _squares(self) -> tuple[Tensor, Tensor]:
+        """|dF/dx|^2 and |g|^2 of each sequence, over all nodes, [batch]."""
+        assert self.output_energy is not None
+        none = torch.zeros_like(self.output_energy, dtype=torch.float64)
+        names = ("gradient_square", "signal_square")
+        sums = [sum((getattr(site, name).to(none.device) for site in self.sites), none) for name in names]
+        gradient, signal = self.share.sum(torch.stack(sums)).unbind()
+        return gradient, signal
 
     def residual(self) -> Tensor:
         """|dF/de| / |g| of each sequence at the last pass, [batch]: 1 where it starts, 0 at equilibrium.
 
         It is 0 where no signal arrives, as for a sequence without labels; means leave such sequences out.
         """
-        gradient = sum((site.gradient_square for site in self.sites), torch.zeros((), dtype=torch.float64))
-        return (gradient / self._signal().clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+        return _residual(*self._squares())
 
     def first_nonfinite(self) -> str | None:
         """The first node, in the order of the forward pass, whose prediction or energy is not finite."""
@@ -252,15 +279,16 @@ class Relaxation:
         Energies are those of the states, whichever way a sequence relaxed: signs would leave little of their mean.
         """
         assert self.output_energy is not None
+        gradient, signal = self._squares()
         scalar: Callable[[Any], Tensor] = lambda value: torch.as_tensor(value, dtype=torch.float64)  # noqa: E731
         sums = {
             "tokens": self.tokens.double(),
-            "sequences": (self._signal() > 0).double().sum(),
+            "sequences": (signal > 0).double().sum(),
             "batches": scalar(1),
             "sweeps": scalar(self.sweeps),
             "tried": scalar(self.tried),
             "refused": self.refused,
-            "residual": self.residual().sum(),
+            "residual": _residual(gradient, signal).sum(),
             "change": self._change,
             "reference": self._reference,
             "free_energy": self._free_energy(signed=False).sum(),
@@ -271,7 +299,11 @@ class Relaxation:
             sums[f"error_square/{site.label}"] = site.squares(site.error.detach(), self.batch).sum()
             sums[f"prediction_square/{site.label}"] = site.prediction_square.sum()
             sums[f"size/{site.label}"] = scalar(site.shape.numel())
-        return {name: value.detach().cpu() for name, value in sums.items()}
+        return self.share.merge({name: value.detach().cpu() for name, value in sums.items()})
+
+
+def _residual(gradient: Tensor, signal: Tensor) -> Tensor:
+    return (gradient / signal.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
 
 
 def add_sums(total: dict[str, Tensor], new: Mapping[str, Tensor]) -> None:

@@ -22,12 +22,13 @@ class FirstPrediction:
 
     Args:
         model: the whole model; its devices have the generators.
-        guess: what is taken for the module until a pass has shown which node fires first.
+        guess: what is taken for the module until a pass has shown which node fires first; None if the first module
+            here sees states, and so computes anew in every sweep.
     """
 
-    def __init__(self, model: nn.Module, guess: nn.Module) -> None:
+    def __init__(self, model: nn.Module, guess: nn.Module | None) -> None:
         self._model = model
-        self._module: nn.Module | None = guess
+        self._module = guess
         self._kept: tuple[Any, RandomState] | None = None
         self._ran = self._mistaken = False
 

@@ -106,7 +106,8 @@ class Descent:
             weighted = turned * site.precision
             square = torch.linalg.vecdot(weighted, turned), torch.linalg.vecdot(weighted, new)
             products += torch.stack([site.per_sequence(value, batch) for value in square]).to(products)
-        share = products[1] / products[0]
+        turned_square, turned_new = self.relaxation.share.sum(products).unbind()
+        share = turned_new / turned_square
         return torch.where((self.rate < 1) | ~share.isfinite(), 0.0, share)
 
     def confirm(self) -> bool:

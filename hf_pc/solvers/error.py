@@ -53,6 +53,6 @@ class ErrorSolver(Solver):
             gradients = self.gradients(relaxation, forward())
             for site, gradient in zip(relaxation.sites, gradients, strict=True):
                 site.leaf = (site.leaf.detach() - step * site.step(gradient)).requires_grad_()
-            if bool((relaxation.residual() < self.tolerance).all()):
+            if self.tolerance and bool((relaxation.residual() < self.tolerance).all()):
                 break
         return lambda: True

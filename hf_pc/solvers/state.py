@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_pc.energies import wide
-from hf_pc.node import LEARN, RELAX, Site
+from hf_pc.node import LEARN, RELAX, Boundary, Site
 from hf_pc.relaxation import Relaxation
 from hf_pc.solvers.base import Solver, register_solver
 from hf_pc.solvers.descent import Descent
@@ -84,7 +84,6 @@ class StateSolver(Solver):
         if relaxation.at_rest:
             site.leaf = wide(mu.detach()).clone().requires_grad_()
         site.error = site.leaf.detach() - wide(mu.detach())
-        site.signal = torch.zeros_like(site.error)
         if not (self.piecewise and relaxation.pieces):
             state: Tensor = StateFunction.apply(mu, site.leaf, site, relaxation, self)  # type: ignore[no-untyped-call]
             return state
@@ -94,7 +93,9 @@ class StateSolver(Solver):
 
     def _differentiate(self, relaxation: Relaxation, site: Site, mu: Tensor) -> None:
         """Send the signal of one node through the piece of graph below it, which is freed."""
-        below = relaxation.sites[: relaxation.sites.index(site)]
+        below: list[Site | Boundary] = list(relaxation.sites[: relaxation.sites.index(site)])
+        if relaxation.boundary is not None:
+            below.insert(0, relaxation.boundary)
         weights = relaxation.weights if relaxation.mode == LEARN else []
         inputs = [s.leaf for s in below] + weights
         if not inputs:
@@ -102,7 +103,7 @@ class StateSolver(Solver):
         found = torch.autograd.grad(mu, inputs, self.signal(site).to(mu.dtype), allow_unused=True)
         for lower, gradient in zip(below, found, strict=False):
             if gradient is not None:
-                lower.signal = lower.signal + gradient
+                lower.signal = gradient if lower.signal is None else lower.signal + gradient
         for weight, gradient in zip(weights, found[len(below) :], strict=True):
             if gradient is not None:
                 relaxation.hold(weight, gradient)
@@ -121,9 +122,11 @@ class StateSolver(Solver):
 
     def _take(self, relaxation: Relaxation, found: Any) -> None:
         for site, g in zip(relaxation.sites, found, strict=True):
-            site.signal = site.signal if g is None else site.signal + g
-            site.gradient = self.own_gradient(site) + site.signal
-            relaxation.measure(site, site.signal, site.gradient)
+            signal = torch.zeros_like(site.error) if g is None else g
+            if site.signal is not None:
+                signal = signal + site.signal
+            site.gradient = self.own_gradient(site) + signal
+            relaxation.measure(site, signal, site.gradient)
 
     def recover(self, relaxation: Relaxation, error: RuntimeError) -> bool:
         if not self.piecewise or "second time" not in str(error):
@@ -146,7 +149,7 @@ class StateSolver(Solver):
                 gradients = [site.gradient for site in relaxation.sites]
             mover.move(gradients)
             self.moved(relaxation)
-            if bool((relaxation.residual() < self.tolerance).all()):
+            if self.tolerance and bool((relaxation.residual() < self.tolerance).all()):
                 break
         return mover.confirm
 

@@ -1,0 +1,186 @@
+"""One model over several processes: time, memory, traffic and idle time of a step of the `state` solver.
+
+    python examples/benchmarks/scaling.py --processes 1 2 4 --layers 8 --sweeps 10 --output_dir runs/scaling
+
+Prints one JSON line per number of processes, each process with one thread. "strong": the same model; time is the
+median of interleaved pairs with one process that has it all, in one launch. With --weak the blocks grow with the
+processes (--layers is then per process). "predicted" is the model of hf_pc.distributed.cost, from the times of the
+single process's blocks; --predict 64 prints it for processes that are not there. Memory is each process's peak over
+what it had before it built the model: weights, gradients, AdamW's state and activations. Leaves timeline.png: who
+computed what when in one step, and below it GPipe's schedule for backprop on the same split, from the same times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from step_cost import build, peak_bytes, positive, reset_peak
+from timelines import costs_of, draw
+
+from hf_pc import PCConfig, PCModel
+from hf_pc.distributed import SplitPCModel
+from hf_pc.distributed.cost import Costs, step_seconds
+from hf_pc.distributed.partition import fewest
+
+Batch = dict[str, torch.Tensor]
+CPU = torch.device("cpu")
+SETTING = ("model", "layers", "hidden", "sequence", "batch", "vocab", "sweeps", "seed")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["gpt2", "llama"], default="gpt2")
+    sizes = {"layers": 8, "hidden": 256, "sequence": 128, "batch": 8, "vocab": 2048, "runs": 9, "sweeps": 10}
+    for name, value in sizes.items():
+        parser.add_argument(f"--{name}", type=positive, default=value)
+    parser.add_argument("--processes", type=positive, nargs="+", default=[1, 2])
+    parser.add_argument("--predict", type=positive, nargs="*", default=[], help="numbers of processes to predict for")
+    parser.add_argument("--weak", action="store_true", help="--layers blocks for each process")
+    parser.add_argument("--step_size", type=float, default=0.3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/scaling"))
+    parser.add_argument("--worker", choices=["time", "memory"], help=argparse.SUPPRESS)
+    parser.add_argument("--whole", action="store_true", help=argparse.SUPPRESS)  # memory of the model in one process
+    return parser.parse_args()
+
+
+def configured(args: argparse.Namespace) -> PCConfig:
+    return PCConfig(solver="state", sweeps=args.sweeps, relative_std=0.2, step_size=args.step_size)
+
+
+def step(pc: PCModel, inputs: Batch) -> float:
+    """Seconds of a step up to the gradients."""
+    pc.model.zero_grad()
+    began = time.perf_counter()
+    pc.accumulate_grad(**inputs)
+    return time.perf_counter() - began
+
+
+def timed(args: argparse.Namespace) -> None:
+    """In every process: interleaved steps of the whole model in process 0 and of the split one; a line from 0."""
+    model, inputs = build(args, CPU)
+    rank, count = dist.get_rank(), dist.get_world_size()
+    whole = PCModel(copy.deepcopy(model), configured(args)) if rank == 0 else None
+    split = SplitPCModel(model, configured(args))
+    singles, times, ratios = [], [], []
+    for run in range(args.runs + 1):
+        dist.barrier()
+        single = step(whole, inputs) if whole is not None else 0.0
+        dist.barrier()
+        took = torch.tensor(step(split, inputs))
+        dist.all_reduce(took, dist.ReduceOp.MAX)
+        if run:
+            singles, times, ratios = [*singles, single], [*times, float(took)], [*ratios, single / float(took)]
+    sent = split.neighbours.sent
+    split.timeline.on = True
+    dist.barrier()
+    step(split, inputs)
+    events: list[Any] = [None] * count
+    dist.all_gather_object(events, (split.timeline.events, split.neighbours.sent - sent))
+    if rank:
+        return
+    timelines = [found[0] for found in events]
+    begin = min(event[1] for line in timelines for event in line)
+    end = max(event[2] for line in timelines for event in line)
+    waited = [sum(e[2] - e[1] for e in line if e[0] == "wait") for line in timelines]
+    line = {
+        "seconds": statistics.median(times), "single_seconds": statistics.median(singles),
+        "speedup": round(statistics.median(ratios), 3),
+        "speedup_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]],
+        "split": split.split, "bytes_per_sweep": [found[1] // max(1, args.sweeps - 1) for found in events],
+        "idle_share": [round(w / (end - begin), 3) for w in waited], "timelines": timelines,
+    }  # fmt: skip
+    print("LINE" + json.dumps(line), flush=True)
+
+
+def measured_memory(args: argparse.Namespace) -> None:
+    """In every process: peak bytes of two steps and AdamW's, over what there was before the model."""
+    small = argparse.Namespace(**{**vars(args), "layers": 2, "hidden": 64})
+    model, inputs = build(small, CPU)  # what libraries keep for themselves is there before it counts
+    step(PCModel(model, configured(args)), inputs)
+    del model
+    reset_peak(CPU)
+    before = peak_bytes(CPU)
+    model, inputs = build(args, CPU)
+    pc = PCModel(model, configured(args)) if args.whole else SplitPCModel(model, configured(args))
+    held = model.parameters() if args.whole else pc.parameters()
+    optimizer = torch.optim.AdamW(held)
+    reset_peak(CPU)
+    for _ in range(2):
+        step(pc, inputs)
+        optimizer.step()
+    print("LINE" + json.dumps(peak_bytes(CPU) - before), flush=True)
+
+
+def launch(args: argparse.Namespace, processes: int, *extra: str) -> list[Any]:
+    """What the processes of one run print, parsed."""
+    flags = [f"--{name}={getattr(args, name)}" for name in (*SETTING, "step_size", "runs")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+               __file__, *flags, *extra]  # fmt: skip
+    # the allocator of Linux keeps what was freed unless told not to
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    if "time" in extra:
+        del environment["MALLOC_MMAP_THRESHOLD_"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("LINE")]
+
+
+def predicted(costs: Costs, processes: int, sweeps: int, cores: int | None) -> float:
+    counts = fewest([*costs.relax[:-2], costs.relax[-2] + costs.relax[-1]], processes)
+    return step_seconds(costs, counts, sweeps, cores)
+
+
+def main() -> None:
+    args = parse()
+    if args.worker:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+        (timed if args.worker == "time" else measured_memory)(args)
+        dist.destroy_process_group()
+        return
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    machine = f"{platform.machine()} cpu, {os.cpu_count()} cores, torch {torch.__version__}, one thread each"
+    layers, costs = args.layers, None
+    for processes in args.processes:
+        args.layers = layers * processes if args.weak else layers
+        alone = launch(args, 1, "--worker", "time")[0] if costs is None or args.weak else None
+        costs = costs_of(alone["timelines"][0], args, alone["seconds"]) if alone else costs
+        assert costs is not None
+        found = launch(args, processes, "--worker", "time")[0] if processes > 1 or alone is None else alone
+        memory = launch(args, processes, "--worker", "memory")
+        whole = launch(args, 1, "--worker", "memory", "--whole")[0]
+        timelines = found.pop("timelines")
+        if processes > 1:
+            draw(args.output_dir / f"timeline_{processes}.png", timelines, costs, found["split"])
+        shown = {**{n: getattr(args, n) for n in SETTING}, "processes": processes, "weak": args.weak, **found,
+                 "predicted_seconds": step_seconds(costs, found["split"], args.sweeps, os.cpu_count()),
+                 "memory_ratio": [round(m / whole, 3) for m in memory], "machine": machine}  # fmt: skip
+        print(json.dumps(shown), flush=True)
+    for processes in args.predict:
+        if costs is None or processes > args.layers:
+            raise ValueError(f"--predict {processes} is over the {args.layers} blocks")
+        seconds, single = (predicted(costs, n, args.sweeps, None) for n in (processes, 1))
+        print(
+            json.dumps({"processes": processes, "predicted_seconds": seconds, "predicted_speedup": single / seconds})
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")

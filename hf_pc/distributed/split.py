@@ -1,0 +1,284 @@
+"""`SplitPCModel`: one model over several processes, each with some of its blocks, relaxed by the `state` solver.
+
+Given the states, every block's prediction, error and gradients are its own affair: blocks of a sweep wait for nobody.
+A process holds the weights, states, gradients and optimiser state of its blocks; in each sweep it sends the state of
+its last block to the process above and the signal that its first block sends down to the process below, nothing else.
+It computes its second block first, so that the neighbours' messages pass meanwhile. There is no backward pass over
+processes, hence no pipeline bubble; only the feedforward pass that a step starts from goes through them in turn.
+
+Two designs were weighed. Cutting the model into `nn.Sequential` parts, as pipeline libraries do, needs a cut for every
+architecture. Instead each process keeps the transformers model with the others' weights given up (`stage.py`), and
+the forward that transformers wrote still makes the masks, the embeddings and the logits. The solver is the one of a
+single process: what it learns from other processes comes as one more leaf below its first site (`Boundary`) and as a
+plane above its last, whose slope is the signal from above.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_pc.config import PCConfig
+from hf_pc.distributed.chain import trace
+from hf_pc.distributed.neighbours import Neighbours, Receipt, Timeline, at_once, same_everywhere
+from hf_pc.distributed.partition import balanced, check_counts
+from hf_pc.distributed.stage import Stage
+from hf_pc.distributed.weights import Shared, clip_grad_norm, gathered
+from hf_pc.energies import wide
+from hf_pc.model import PCModel
+from hf_pc.node import LEARN, Boundary, Node
+from hf_pc.output import base_model, routes
+from hf_pc.placement import blocks
+from hf_pc.processes import process_count
+from hf_pc.report import RelaxationOutput
+from hf_pc.reuse import FirstPrediction
+from hf_pc.solvers import SOLVERS
+from hf_pc.solvers.state import StateSolver
+
+
+class SplitPCModel(PCModel):
+    """A PCModel whose blocks are spread over the processes of the default group, in order of rank.
+
+    Every process builds it from the same model and configuration, and is given the same batches; each then holds its
+    own blocks alone, and `parameters()` are those. With one process it is a PCModel.
+
+    Args:
+        model: a transformers or PEFT model whose blocks are a chain (decoder-only or encoder-only).
+        config: `solver="state"` (or another of its kind) and `nodes="block"`.
+        split: blocks of each process; None balances what a sweep computes.
+        example: inputs of one short sequence, from which it is read what runs before and after the blocks; None
+            takes two tokens.
+
+    Raises:
+        ValueError: on every process, where the model or the configuration cannot be split, the processes were given
+            different ones, or there are more processes than blocks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PCConfig | None = None,
+        *,
+        split: Sequence[int] | None = None,
+        example: Mapping[str, Any] | None = None,
+    ) -> None:
+        config = config or PCConfig(solver="state")
+        same_everywhere("PCConfig", config.to_dict())
+        same_everywhere("the model", _signature(model))
+        found = blocks(model)
+        counts: list[int] = []
+        failure = None
+        try:
+            _check_config(config)
+            chain = trace(model, _example(model, example))
+            counts = check_counts(split, len(found), process_count()) if split else balanced(model, chain)
+        except ValueError as error:
+            failure = str(error)
+        at_once(failure)
+        device = next(next(iter(found.values())).parameters()).device
+        self.neighbours = Neighbours(device)
+        self.split = counts
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.stage = Stage(model, chain, counts, self.neighbours.index, self.neighbours.timeline)
+        self.shared = Shared(self.stage, trained)
+        super().__init__(model, config)
+        self.share = self.neighbours
+        if not self.stage.first:
+            self._first_prediction = FirstPrediction(model, None)
+        self._calling = False
+
+    @property
+    def timeline(self) -> Timeline:
+        """What this process did and when, while `timeline.on`."""
+        return self.neighbours.timeline
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that this process holds: give these to its optimizer."""
+        return (p for p in self.model.parameters() if p.device.type != "meta")
+
+    def _visit(self, node: Node, mu: Tensor) -> Tensor | None:
+        return super()._visit(node, mu) if self._calling else None  # a stand-in's output is no prediction
+
+    def _pass(self, forward: Any, batch: Mapping[str, Any], labels: Tensor) -> tuple[Any, Tensor]:
+        """One sweep of the blocks here; elsewhere than at the top the output energy is the plane seen from here."""
+        assert self.relaxation is not None
+        assert self._random is not None
+        if routes(self.model, batch):
+            raise ValueError("output_router_logits=True cannot be had over several processes: the router's loss "
+                             "reaches into every block")  # fmt: skip
+        self._random.restore()
+        self._first_prediction.begin_pass()
+        if self.config.dropout == "off":
+            self.model.eval()
+        if self.relaxation.at_rest:
+            self.stage.forget_random()
+        if self.relaxation.at_rest or (self.stage.first and self.relaxation.mode == LEARN):
+            self._entered = self.stage.enter(batch)
+        above = None
+        self._calling = True
+        try:
+            if self.relaxation.at_rest:
+                self._first_pass()
+            else:
+                above = self._sweep()
+        finally:
+            self._calling = False
+        top = self.relaxation.sites[-1]
+        if not self.stage.last:
+            self.relaxation.note_output(torch.zeros(len(labels), device=labels.device))
+            slope = torch.zeros_like(top.leaf) if above is None else above.wait()  # at rest no signal comes yet
+            return {}, (top.leaf * slope).flatten(1).sum(1)
+        outputs = self.stage.leave(batch, top.leaf.to(self._entered.dtype, copy=True))
+        return outputs, self.relaxation.note_output(self.output.total(outputs, labels))
+
+    def _first_pass(self) -> None:
+        """The feedforward pass, one process after the other: states start at their predictions."""
+        relaxation, neighbours = self.relaxation, self.neighbours
+        assert relaxation is not None
+        state = self._entered
+        if not self.stage.first:
+            received = neighbours.receive(neighbours.index - 1, wide(state)).wait()
+            relaxation.boundary = Boundary(received.requires_grad_())
+            state = received.detach().to(state.dtype)
+        for position in range(len(self.stage.blocks)):
+            state = self.stage.call(position, state)
+        if not self.stage.last:
+            neighbours.send(neighbours.index + 1, relaxation.sites[-1].leaf)
+
+    def _sweep(self) -> Receipt | None:
+        """All blocks at the present states, the one that waits for a neighbour second; returns what comes from above.
+
+        The first site's signal is sent down as soon as it is known, and so was the last state before anything else.
+        """
+        relaxation, neighbours = self.relaxation, self.neighbours
+        assert relaxation is not None
+        index, boundary = neighbours.index, relaxation.boundary
+        above = below = None
+        if not self.stage.last:
+            neighbours.send(index + 1, relaxation.sites[-1].leaf)
+            above = neighbours.receive(index + 1, relaxation.sites[-1].leaf)
+        if boundary is not None:
+            below = neighbours.receive(index - 1, boundary.leaf.detach())
+        order = list(range(len(self.stage.blocks)))
+        if len(order) > 1 and boundary is not None:
+            order[:2] = 1, 0
+        for position in order:
+            if position:
+                state = relaxation.sites[position - 1].leaf
+            elif boundary is None:
+                state = self._entered
+            else:
+                assert below is not None
+                boundary.leaf = below.wait().requires_grad_()
+                boundary.signal = None
+                state = boundary.leaf
+            self.stage.call(position, state.to(self._entered.dtype, copy=True))
+            if not position and boundary is not None:
+                signal = boundary.signal
+                neighbours.send(index - 1, torch.zeros_like(boundary.leaf) if signal is None else signal)
+        return above
+
+    def _run(self, inputs: Mapping[str, Any], mode: str, items: Tensor | int | None) -> RelaxationOutput:
+        self._check_batch(inputs)
+        before = [(p, p.grad) for p in self.shared.parameters()]
+        for parameter, _ in before:
+            parameter.grad = None
+        report = super()._run(inputs, mode, items)
+        self.shared.sum_gradients(self.neighbours)
+        for parameter, kept in before:
+            if kept is not None:
+                parameter.grad = kept if parameter.grad is None else parameter.grad + kept
+        return report
+
+    def _check_batch(self, inputs: Mapping[str, Any]) -> None:
+        """Raise ValueError everywhere if the processes were not given the same batch."""
+        values = {n: _fingerprint(v) for n, v in inputs.items() if isinstance(v, Tensor)}
+        same_everywhere("the batch", values)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Mapping[str, Any]]) -> float:
+        """Nats per label token of plain forward passes over batches, the same on every process."""
+        training, totals = self.model.training, torch.zeros(2, dtype=torch.float64, device=self.neighbours.device)
+        self.model.eval()
+        try:
+            for inputs in batches:
+                batch, labels = self._split(inputs, self.phases[0])
+                state = self.stage.enter(batch)
+                if not self.stage.first:
+                    received = self.neighbours.receive(self.neighbours.index - 1, wide(state)).wait()
+                    state = received.to(state.dtype)
+                self.stage.forget_random()
+                for position in range(len(self.stage.blocks)):
+                    state = self.stage.call(position, state)
+                if self.stage.last:
+                    energy = self.output.total(self.stage.leave(batch, state), labels).sum()
+                    totals += torch.stack([energy.double(), labels.ne(-100).sum().double()]).to(totals)
+                else:
+                    self.neighbours.send(self.neighbours.index + 1, wide(state))
+        finally:
+            self.model.train(training)
+        nats, tokens = self.neighbours.sum(totals).tolist()
+        if not tokens:
+            raise ValueError("the batches hold no label: there is nothing to evaluate")
+        return float(nats / tokens)
+
+    def clip_grad_norm_(self, max_norm: float) -> float:
+        """As `torch.nn.utils.clip_grad_norm_` over the whole model; returns its norm before."""
+        return clip_grad_norm(self.stage, self.neighbours, max_norm)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write the whole model from process 0, as `PCModel.save_pretrained`; called by every process."""
+        state = gathered(self.stage, self.neighbours)
+        failure = None
+        if self.stage.first:
+            try:
+                self.model.save_pretrained(folder, state_dict=state, **kwargs)  # type: ignore[operator]
+                self.config.save_pretrained(folder)
+                self.save_state(Path(folder))
+            except (OSError, ValueError, RuntimeError) as error:
+                failure = f"{folder} could not be written: {error}"
+        at_once(failure)
+
+
+def _check_config(config: PCConfig) -> None:
+    if not issubclass(SOLVERS[config.solver], StateSolver):
+        raise ValueError(
+            f"PCConfig.solver={config.solver!r} cannot be split: its sweeps go through all blocks in turn; use 'state'"
+        )
+    wanted = {"nodes": "block", "attention_energy": None, "weight_update": "final"}
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"PCConfig.{name}={getattr(config, name)!r} cannot be split over processes: use {value!r}"
+            )
+
+
+def _signature(model: nn.Module) -> dict[str, object]:
+    shapes = {name: (tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()}
+    return {"class": type(base_model(model)).__name__, **shapes}
+
+
+def _example(model: nn.Module, example: Mapping[str, Any] | None) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    name = getattr(base_model(model), "main_input_name", "input_ids")
+    if example is None and name != "input_ids":
+        raise ValueError(f"example=None is for models of input_ids: give {name!r} of one example")
+    if example is None:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+        example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch = {name: value for name, value in example.items() if name != "labels"}
+    if getattr(getattr(model, "config", None), "use_cache", False):
+        batch.setdefault("use_cache", False)
+    return batch
+
+
+def _fingerprint(tensor: Tensor) -> tuple[object, ...]:
+    """Of a batch's tensor what two different ones are most unlikely to share."""
+    flat = tensor.detach().flatten().double()
+    places = torch.arange(1, len(flat) + 1, device=flat.device, dtype=torch.float64)
+    return (tuple(tensor.shape), float(flat.sum()), float((flat * places.remainder(997)).sum()))
