@@ -351,8 +351,9 @@ class PCModel:
                     sums = relaxation.sums()
                 else:
                     loss, outputs = self.learning_pass(inputs)
-                    divisor = relaxation.tokens if items is None else items
-                    share = phase.share * relaxation.tokens / divisor
+                    tokens = relaxation.tokens.to(loss.device)  # blocks may be spread over devices
+                    divisor = tokens if items is None else torch.as_tensor(items, device=loss.device)
+                    share = phase.share * tokens / divisor
                     torch.autograd.backward(loss / divisor + share * auxiliary_loss(self.model, outputs))
                     add_sums(sums, self.observe(relaxation))
                 if report is None:
@@ -365,7 +366,8 @@ class PCModel:
         assert relaxation.feedforward_energy is not None
         return RelaxationOutput(
             **summary(relaxation.sums()),
-            feedforward_energy=float(self.share.sum(relaxation.feedforward_energy.double().sum()) / relaxation.tokens),
+            feedforward_energy=float(self.share.sum(relaxation.feedforward_energy.double().sum()))
+            / float(relaxation.tokens),
             states=self._states,
             errors={site.label: site.error.detach() for site in relaxation.sites},
             sequence_free_energy=relaxation.free_energy(),

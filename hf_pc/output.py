@@ -113,6 +113,7 @@ class Output(ABC):
 
     def draw(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Labels drawn from the distribution that the logits are of; -100 where `labels` are."""
+        labels = labels.to(logits.device)
         return torch.where(labels.ne(IGNORED), self.sample(_scores(logits)).view(labels.shape), labels)
 
     @abstractmethod

@@ -211,7 +211,8 @@ class Relaxation:
 
     def scale_of(self, site: Site) -> Tensor | float:
         """What g at a site is multiplied by, against nats of F: the loss's factor, and the signs of its sequences."""
-        return self.scale if self.signs is None or self.mode == RELAX else self.scale * site.column(self.signs)
+        scale = self.scale.to(site.error.device) if isinstance(self.scale, Tensor) else self.scale
+        return scale if self.signs is None or self.mode == RELAX else scale * site.column(self.signs)
 
     def loss(self, output_energy: Tensor) -> Tensor:
         """The summed output energy, given with its signs, as a scalar to scale and call `backward()` on in LEARN mode.
@@ -223,7 +224,7 @@ class Relaxation:
             self.scale = scale
             while self._held:  # one by one: no second copy of all gradients
                 weight, gradient = self._held.popitem()
-                gradient = gradient * scale.to(gradient.dtype)
+                gradient = gradient * scale.to(gradient)
                 weight.grad = gradient if weight.grad is None else weight.grad + gradient
 
         total: Tensor = LossScale.apply(self.signed(output_energy).sum(), note)  # type: ignore[no-untyped-call]

@@ -85,8 +85,10 @@ class TokenLossMixin(_TrainerPart):
         if learning and not items:
             raise ValueError(f"every label of the batch is ignored ({IGNORED}): there is nothing to learn from")
         items = max(items, 1)
+        if isinstance(items, Tensor):
+            items = items.to(energy.device)  # a model over several devices ends on another than it begins
         # a router's loss is a mean over its batch: it counts for the share of the step's tokens that the batch has
-        share = labels.ne(IGNORED).sum() / items
+        share = labels.ne(IGNORED).sum().to(energy.device) / items
         loss = energy.sum() / items + share * self._auxiliary(outputs)
         if learning and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes

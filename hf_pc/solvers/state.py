@@ -46,8 +46,9 @@ class StateFunction(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:  # type: ignore[override]
         site, relaxation = ctx.site, ctx.relaxation
         down = ctx.solver.signal(site)
-        if isinstance(relaxation.scale, Tensor):
-            down = down * relaxation.scale
+        scale = relaxation.scale_of(site)
+        if isinstance(scale, Tensor):
+            down = down * scale
         return down.to(ctx.dtype) if ctx.needs_input_grad[0] else None, wide(g), None, None, None
 
 
@@ -113,8 +114,9 @@ class StateSolver(Solver):
         return [site.gradient for site in relaxation.sites]
 
     def close(self, relaxation: Relaxation) -> None:
-        scale = relaxation.scale
-        found = [None if site.leaf.grad is None else site.leaf.grad / scale for site in relaxation.sites]
+        found = [
+            None if site.leaf.grad is None else site.leaf.grad / relaxation.scale_of(site) for site in relaxation.sites
+        ]
         self._take(relaxation, found)
         for site in relaxation.sites:
             site.leaf.grad = None

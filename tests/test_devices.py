@@ -1,0 +1,68 @@
+"""Models whose blocks are on several devices, as `device_map="auto"` spreads them: states live where their block does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from test_invariants import batch, gradients, make, worst
+from two_devices import place, two_devices
+
+from hf_pc import PCConfig, PCModel
+
+SETTINGS: list[dict[str, Any]] = [
+    {"relative_std": 0.5, "sweeps": 4}, {"relative_std": 0.5, "sweeps": 4, "step_size": 0.3, "tolerance": 0.1},
+    {"solver": "state", "relative_std": 0.5, "sweeps": 6}, {"solver": "lagrangian", "sweeps": 6},
+    {"relaxed_fraction": 0.05, "learning": "balanced"}, {"relaxed_fraction": 0.05, "learning": "wake_sleep"},
+    {"relative_std": 30.0, "sweeps": 6}, {"solver": "state", "relative_std": 30.0, "sweeps": 6},
+]  # fmt: skip
+
+
+def untied() -> Any:
+    model = make("gpt2").double()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+def learned(model: Any, inputs: dict[str, torch.Tensor], settings: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    pc = PCModel(model, PCConfig(**settings))
+    pc.accumulate_grad(**inputs)
+    pc.steer()
+    return pc.accumulate_grad(**inputs)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_two_devices_learn_as_one(settings: dict[str, Any]) -> None:
+    """With the first block on one device and the rest on another, gradients and figures are those of one device."""
+    whole, model = untied(), untied()
+    expected = learned(whole, batch(), settings)
+    with two_devices():
+        parts = model.transformer
+        for module in (parts.wte, parts.wpe, parts.h[0]):
+            place(module, "meta:0")
+        for module in (*parts.h[1:], parts.ln_f, model.lm_head):
+            place(module, "meta:1")
+        found = learned(model, {name: value.to("meta:0") for name, value in batch().items()}, settings)
+        assert [str(state.device) for state in found.states.values()] == ["meta:0", "meta:1", "meta:1"]
+        assert [str(error.device) for error in found.errors.values()] == ["meta:0", "meta:1", "meta:1"]
+        mine = {n: p.grad.inner for n, p in model.named_parameters()}
+    assert worst(mine, gradients(whole)) < 1e-9
+    for name in ("free_energy", "residual", "relaxed_fraction", "refused", "sweeps"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("solver", ["error", "state"])
+def test_hooks_of_accelerate_stay(solver: str) -> None:
+    """On a model that accelerate dispatched, its hooks go on moving inputs, and the gradients are those without."""
+    whole, model = make("gpt2"), make("gpt2")
+    settings = {"solver": solver, "relative_std": 0.5, "sweeps": 5}
+    learned(whole, batch(), settings)
+    names = ["transformer.wte", "transformer.wpe", "transformer.drop", "transformer.ln_f", "lm_head"]
+    where = dict.fromkeys((*names, *(f"transformer.h.{i}" for i in range(3))), "cpu")
+    dispatched = dispatch_model(model, device_map=where, force_hooks=True)
+    assert hasattr(dispatched.transformer.h[1], "_hf_hook")
+    learned(dispatched, batch(), settings)
+    assert worst(gradients(dispatched), gradients(whole)) == 0
