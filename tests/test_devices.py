@@ -1,4 +1,4 @@
-"""Models whose blocks are on several devices, as `device_map="auto"` spreads them: states live where their block does."""
+"""A model over several devices, as `device_map="auto"` spreads it: states live where their block does."""
 
 from __future__ import annotations
 

@@ -1,0 +1,125 @@
+"""Train one causal language model over several processes, each with some of its blocks.
+
+    torchrun --standalone --nproc_per_node 2 examples/run_split_pc.py
+    torchrun --standalone --nproc_per_node 2 examples/run_split_pc.py --model_name_or_path M --train_file F
+
+A loop of its own, with `SplitPCModel`: see docs/distributed.md. Takes the flags of run_clm_pc.py that say what to train
+on, and every PCConfig field. Each process writes its optimizer's state beside the checkpoint, and a run that is
+started again with the same number of processes goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from clm_data import DataArguments, blocks_of, load_text
+from run_clm_pc import ModelArguments, choose_block_size, load_model_and_tokenizer
+from task import at_least, launch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser, default_data_collator, get_scheduler, set_seed
+
+from hf_pc import PCConfig
+from hf_pc.distributed import SplitPCModel
+
+
+@dataclass
+class SplitArguments:
+    output_dir: Path = field(default=Path("runs/split"), metadata={"help": "Where everything goes."})
+    max_steps: int = 100
+    batch_size: int = field(default=8, metadata={"help": "Sequences of a step: every process sees all of them."})
+    learning_rate: float = 4e-3
+    warmup_steps: int = 15
+    max_grad_norm: float = 1.0
+    logging_steps: int = 10
+    save_steps: int = field(default=50, metadata={"help": "Save, and evaluate, every so many steps."})
+    split: list[int] | None = field(default=None, metadata={"help": "Blocks of each process; default: balanced."})
+    seed: int = 42
+
+
+def batches(data: Any, size: int, seed: int, start: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches without end, shuffled anew in every pass over the data, from the `start`-th on."""
+    count = epoch = 0
+    while True:
+        order = torch.Generator().manual_seed(seed + epoch)
+        loader = DataLoader(
+            data, size, shuffle=True, generator=order, collate_fn=default_data_collator, drop_last=True
+        )
+        for batch in loader:
+            if count >= start:
+                yield batch
+            count += 1
+        epoch += 1
+
+
+def save(pc: SplitPCModel, tokenizer: Any, folder: Path, state: dict[str, Any], progress: dict[str, Any]) -> None:
+    """The whole model and every process's optimizer, in a folder that appears when it is complete."""
+    partial = folder.with_suffix(".partial")
+    pc.save_pretrained(partial)
+    torch.save(state, partial / f"process_{pc.neighbours.index}_of_{pc.neighbours.count}.pt")
+    PartialState().wait_for_everyone()
+    if pc.stage.first:
+        tokenizer.save_pretrained(partial)
+        (partial / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    PartialState().wait_for_everyone()
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    parser = HfArgumentParser((ModelArguments, DataArguments, SplitArguments, PCConfig))  # type: ignore[arg-type]
+    parser.set_defaults(solver="state", sweeps=12, relaxed_fraction=0.03, block_size=128)
+    model_args, data_args, args, config = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
+    at_least("batch_size", args.batch_size, 1)
+    at_least("max_steps", args.max_steps, 1)
+    PartialState(cpu=not torch.cuda.is_available())  # the process group, if a launcher started several
+    set_seed(args.seed)
+    data = load_text(data_args, model_args.cache_dir, model_args.token)
+    last = args.output_dir / "last"
+    resumed = json.loads((last / "progress.json").read_text(encoding="utf-8")) if last.is_dir() else {"step": 0}
+    if resumed["step"]:
+        model_args.model_name_or_path, model_args.config_overrides = str(last), None
+    model, tokenizer = load_model_and_tokenizer(model_args, data)
+    data = blocks_of(data, tokenizer, choose_block_size(data_args.block_size, model, tokenizer))
+    validation = DataLoader(data["validation"], args.batch_size, collate_fn=default_data_collator)
+    pc = SplitPCModel(model, config, split=args.split)
+    optimizer = torch.optim.AdamW(pc.parameters(), lr=args.learning_rate, betas=(0.9, 0.95))
+    schedule = get_scheduler("cosine", optimizer, args.warmup_steps, args.max_steps)
+    if resumed["step"]:
+        state = torch.load(last / f"process_{pc.neighbours.index}_of_{pc.neighbours.count}.pt", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        pc.load_state_dict(json.loads((last / "pc_state.json").read_text(encoding="utf-8")))
+    results: dict[str, float] = {}
+    given = batches(data["train"], args.batch_size, args.seed, resumed["step"])
+    steps = tqdm(range(resumed["step"] + 1, args.max_steps + 1), disable=not pc.stage.first)
+    for step in steps:
+        found = pc.accumulate_grad(**next(given))
+        pc.clip_grad_norm_(args.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        pc.steer()
+        if step % args.logging_steps == 0 and pc.stage.first:
+            steps.set_postfix(loss=f"{found.feedforward_energy:.3f}", residual=f"{found.residual:.3f}")
+        if step % args.save_steps == 0 or step == args.max_steps:
+            results = {"step": step, "loss": found.feedforward_energy, "eval_loss": pc.evaluate(validation),
+                       "relaxed_fraction": found.relaxed_fraction, "residual": found.residual}  # fmt: skip
+            state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            save(pc, tokenizer, last, state, results)
+            if pc.stage.first:
+                print(json.dumps(results), flush=True)
+    pc.detach()
+    return results
+
+
+if __name__ == "__main__":
+    launch(main)
