@@ -3,8 +3,8 @@
     torchrun --standalone --nproc_per_node 2 examples/run_split_pc.py
     torchrun --standalone --nproc_per_node 2 examples/run_split_pc.py --model_name_or_path M --train_file F
 
-A loop of its own, with `SplitPCModel`: see docs/distributed.md. Takes the flags of run_clm_pc.py that say what to train
-on, and every PCConfig field. Each process writes its optimizer's state beside the checkpoint, and a run that is
+A loop of its own, with `SplitPCModel`: see docs/distributed.md. Takes the flags of run_clm_pc.py that say what to
+train on, and every PCConfig field. Each process writes its optimizer's state beside the checkpoint, and a run that is
 started again with the same number of processes goes on from there.
 """
 
