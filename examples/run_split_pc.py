@@ -74,6 +74,16 @@ def save(pc: SplitPCModel, tokenizer: Any, folder: Path, state: dict[str, Any], 
     PartialState().wait_for_everyone()
 
 
+def own_state(folder: Path, pc: SplitPCModel) -> Path:
+    """The file of this process's optimizer. Raises ValueError if another number of processes saved it."""
+    path = folder / f"process_{pc.neighbours.index}_of_{pc.neighbours.count}.pt"
+    if not path.is_file():
+        several = next(iter(folder.glob("process_*.pt")), Path("0")).stem.rpartition("_")[2]
+        raise ValueError(f"{folder} was saved by {several} processes, not by {pc.neighbours.count}: start as many, or "
+                         "take it as --model_name_or_path of a run with another --output_dir")  # fmt: skip
+    return path
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = HfArgumentParser((ModelArguments, DataArguments, SplitArguments, PCConfig))  # type: ignore[arg-type]
     parser.set_defaults(solver="state", sweeps=12, relaxed_fraction=0.03, block_size=128)
@@ -89,14 +99,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model_args.model_name_or_path, model_args.config_overrides = str(last), None
     model, tokenizer = load_model_and_tokenizer(model_args, data)
     data = blocks_of(data, tokenizer, choose_block_size(data_args.block_size, model, tokenizer))
-    validation = DataLoader(data["validation"], args.batch_size, collate_fn=default_data_collator)
+    own = torch.Generator()  # evaluation leaves the generator of dropout masks alone
+    validation = DataLoader(data["validation"], args.batch_size, collate_fn=default_data_collator, generator=own)
     pc = SplitPCModel(model, config, split=args.split)
     optimizer = torch.optim.AdamW(pc.parameters(), lr=args.learning_rate, betas=(0.9, 0.95))
     schedule = get_scheduler("cosine", optimizer, args.warmup_steps, args.max_steps)
     if resumed["step"]:
-        state = torch.load(last / f"process_{pc.neighbours.index}_of_{pc.neighbours.count}.pt", weights_only=True)
+        state = torch.load(own_state(last, pc), weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["random"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["random_cuda"])
         pc.load_state_dict(json.loads((last / "pc_state.json").read_text(encoding="utf-8")))
     results: dict[str, float] = {}
     given = batches(data["train"], args.batch_size, args.seed, resumed["step"])
@@ -113,7 +127,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if step % args.save_steps == 0 or step == args.max_steps:
             results = {"step": step, "loss": found.feedforward_energy, "eval_loss": pc.evaluate(validation),
                        "relaxed_fraction": found.relaxed_fraction, "residual": found.residual}  # fmt: skip
-            state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+                     "random": torch.get_rng_state(),
+                     "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}  # fmt: skip
             save(pc, tokenizer, last, state, results)
             if pc.stage.first:
                 print(json.dumps(results), flush=True)

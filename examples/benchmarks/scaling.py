@@ -2,11 +2,11 @@
 
     python examples/benchmarks/scaling.py --processes 1 2 4 --layers 8 --sweeps 10 --output_dir runs/scaling
 
-Prints one JSON line per number of processes, each process with one thread. "strong": the same model; time is the
-median of interleaved pairs with one process that has it all, in one launch. With --weak the blocks grow with the
-processes (--layers is then per process). "predicted" is the model of hf_pc.distributed.cost, from the times of the
-single process's blocks; --predict 64 prints it for processes that are not there. Memory is each process's peak over
-what it had before it built the model: weights, gradients, AdamW's state and activations. Leaves timeline.png: who
+Prints one JSON line per number of processes, each process with one thread. "speedup" is the median of interleaved
+pairs with one process that has the whole model, in the same launch. With --weak the blocks grow with the processes
+(--layers is then per process). "predicted_seconds" is the model of hf_pc.distributed.cost, from the times of one
+process's blocks; --predict 64 prints it for processes that are not there. Memory is each process's peak over what it
+had before it built the model: weights, gradients, AdamW's state and activations. Leaves timeline_2.png and so on: who
 computed what when in one step, and below it GPipe's schedule for backprop on the same split, from the same times.
 """
 

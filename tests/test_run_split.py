@@ -1,0 +1,82 @@
+"""The example of a split model, alone in its process: what it leaves, and that it goes on where it was. That several
+processes learn the same is for test_split.py to show."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
+import run_split_pc  # noqa: E402
+
+SMALL = ["--config_overrides", "n_layer=2,n_embd=16,n_head=2,n_positions=32", "--block_size", "32"]
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(f"line {i}: the square of {i} is {i * i}." for i in range(300)) + "\n")
+    return ["--train_file", str(path), *SMALL, "--max_steps", "4", "--batch_size", "4", "--sweeps", "4"]
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(
+    tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after a save and started again, a run ends where the uninterrupted one does."""
+    whole = run_split_pc.main([*flags, "--save_steps", "4", "--output_dir", str(tmp_path / "whole")])
+    save = run_split_pc.save
+
+    def interrupted(*args: Any) -> None:
+        save(*args)
+        raise KeyboardInterrupt
+
+    parts = [*flags, "--save_steps", "2", "--output_dir", str(tmp_path / "parts")]
+    monkeypatch.setattr(run_split_pc, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_split_pc.main(parts)
+    monkeypatch.setattr(run_split_pc, "save", save)
+    found = run_split_pc.main(parts)
+    assert found == pytest.approx(whole, rel=1e-5)
+    last = tmp_path / "parts" / "last"
+    assert json.loads((last / "progress.json").read_text())["step"] == 4
+    assert AutoModelForCausalLM.from_pretrained(last).config.n_layer == 2
+    assert AutoTokenizer.from_pretrained(last)("line")["input_ids"]
+    assert not list((tmp_path / "parts").glob("*.partial"))
+
+
+def test_a_checkpoint_of_other_processes_is_refused(tmp_path: Path, flags: list[str]) -> None:
+    """The optimizer's state of two processes cannot be taken up by one: the error says how many there were."""
+    run = [*flags, "--save_steps", "4", "--output_dir", str(tmp_path / "out")]
+    run_split_pc.main(run)
+    last = tmp_path / "out" / "last"
+    (last / "process_0_of_1.pt").rename(last / "process_0_of_2.pt")
+    with pytest.raises(ValueError, match="was saved by 2 processes, not by 1"):
+        run_split_pc.main(run)
+
+
+def test_scaling_on_two_processes(tmp_path: Path) -> None:
+    """Each line has speed, traffic, idle share, memory and the cost model's prediction; a timeline is drawn."""
+    command = [sys.executable, str(EXAMPLES / "benchmarks" / "scaling.py"), "--processes", "2", "--predict", "4",
+               "--layers", "4", "--hidden", "32", "--sequence", "16", "--batch", "2", "--vocab", "64", "--runs", "2",
+               "--sweeps", "6", "--output_dir", str(tmp_path)]  # fmt: skip
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured, predicted = map(json.loads, done.stdout.splitlines())
+    assert measured["processes"] == 2
+    assert sum(measured["split"]) == 4
+    # a state of 2 sequences of 16 by 32 numbers goes up in every sweep, and a signal down in all but the first
+    state = 2 * 16 * 32 * 4
+    assert measured["bytes_per_sweep"] == [6 * state // 5, state]
+    assert all(0 <= share < 1 for share in measured["idle_share"])
+    assert len(measured["memory_ratio"]) == 2
+    assert predicted["processes"] == 4
+    assert predicted["predicted_speedup"] > 1
+    assert (tmp_path / "timeline_2.png").read_bytes().startswith(b"\x89PNG")
