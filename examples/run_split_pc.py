@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     data = blocks_of(data, tokenizer, choose_block_size(data_args.block_size, model, tokenizer))
     own = torch.Generator()  # evaluation leaves the generator of dropout masks alone
     validation = DataLoader(data["validation"], args.batch_size, collate_fn=default_data_collator, generator=own)
-    pc = SplitPCModel(model, config, split=args.split)
+    pc = SplitPCModel(model.train(), config, split=args.split)
     optimizer = torch.optim.AdamW(pc.parameters(), lr=args.learning_rate, betas=(0.9, 0.95))
     schedule = get_scheduler("cosine", optimizer, args.warmup_steps, args.max_steps)
     if resumed["step"]:
