@@ -146,7 +146,7 @@ class StateSolver(Solver):
                 gradients = [site.gradient for site in relaxation.sites]
             mover.move(gradients)
             self.moved(relaxation)
-            if bool((relaxation.residual() < self.tolerance).all()):
+            if relaxation.agree(bool((relaxation.residual() < self.tolerance).all())):
                 break
         return mover.confirm
 
