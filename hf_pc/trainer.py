@@ -24,7 +24,7 @@ from hf_pc.config import PCConfig
 from hf_pc.diagnostics.curvature import largest_curvature
 from hf_pc.model import PCModel
 from hf_pc.placement import resolve
-from hf_pc.processes import is_sharded, naming_the_lost, reducing
+from hf_pc.processes import gathered, is_sharded, naming_the_lost, reducing
 from hf_pc.refusals import check_processes, refuse
 from hf_pc.relaxation import add_sums, summary
 from hf_pc.token_loss import BackpropSeq2SeqTrainer, BackpropTrainer, TokenLossMixin
@@ -173,7 +173,7 @@ class PCTrainerMixin(CheckpointMixin, TokenLossMixin):
         if every is None or self.state.global_step % every or self.state.global_step in self._probed:
             return
         self._probed.add(self.state.global_step)
-        curvature = largest_curvature(pc, inputs)
+        curvature = max(gathered(largest_curvature(pc, inputs)))
         self.log({"curvature": curvature})
         if curvature > RUNAWAY_CURVATURE:
             logger.warning(
