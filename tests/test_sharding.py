@@ -10,6 +10,7 @@ import pytest
 import torch
 from pairs import HERE, together
 from scenarios import build, full, learn
+from test_invariants import make
 from transformers import AutoModelForCausalLM
 
 NAMES = ("balanced", "accumulated", "stopping", "every_sweep_stopping", "lora", "refusing")
@@ -24,6 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> Found:
     """What two processes that share one model find, by name and rank."""
+    make("llama").save_pretrained(folder / "model")
     for ended in together(str(HERE / "train_sharded.py"), str(folder), logs=folder / "logs"):
         assert ended.code == 0, ended.output[-3000:]
     return lambda name, rank: torch.load(folder / f"{name}-{rank}.pt", weights_only=True)
@@ -42,6 +44,20 @@ def test_a_sharded_model_trains_as_a_whole_one(tmp_path: Path, name: str, found:
     assert first["sweeps"] == second["sweeps"] == one["sweeps"]  # every pass is made by both
     if name in ("stopping", "every_sweep_stopping", "refusing"):
         assert first["outvoted"] + second["outvoted"] > 0
+
+
+def test_a_model_sharded_when_it_was_loaded(tmp_path: Path, folder: Path, found: Found) -> None:
+    """`from_pretrained(distributed_config=DistributedConfig(fsdp_size=2))` trains and saves as one process does."""
+    one, first, second = (
+        learn(build(tmp_path, "balanced", 1, model=make("llama"))),
+        found("loaded", 0),
+        found("loaded", 1),
+    )
+    assert torch.equal(first["weights"], second["weights"])
+    assert (first["weights"] - one["weights"]).norm() / one["weights"].norm() < 1e-5
+    assert first["eval"] == pytest.approx(one["eval"], abs=1e-5)
+    saved = full(AutoModelForCausalLM.from_pretrained(folder / "loaded" / "checkpoint-5"))
+    assert torch.equal(saved, first["weights"])
 
 
 def test_weights_stay_sharded_while_states_relax(found: Found) -> None:

@@ -19,6 +19,8 @@ from accelerate.utils import DistributedType
 from scenarios import build, learn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from hf_pc import PCTrainingArguments
 from hf_pc.node import RELAX
@@ -87,9 +89,21 @@ def watched(folder: Path) -> dict[str, list[Any]]:
     return seen | {"held": [sum(held)]}
 
 
+def loaded(folder: Path) -> Any:
+    """What transformers shards when it loads a model, on the CPU too; Accelerate has no part in it."""
+    PartialState(cpu=True)
+    config = DistributedConfig(fsdp_size=WORLD)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", distributed_config=config)
+    assert isinstance(model, FSDPModule)
+    return build(
+        folder / "loaded", "balanced", WORLD, model=model, save_strategy="steps", save_only_model=True, save_steps=5
+    )
+
+
 def main(folder: Path) -> None:
+    found: dict[str, Any] = {"loaded": learn(loaded(folder))}
     test_trainer.PCTrainingArguments = arguments  # type: ignore[assignment, misc]
-    found: dict[str, Any] = {name: learn(shard(folder / name, name)) for name in NAMES}
+    found |= {name: learn(shard(folder / name, name)) for name in NAMES}
     for kind in ("full", "sharded"):
         # an optimizer without state cannot be resumed from a full checkpoint of a sharded model
         adam = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 6}
