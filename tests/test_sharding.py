@@ -76,6 +76,18 @@ def test_weights_stay_sharded_while_states_relax(found: Found) -> None:
         assert seen["held"][0] == pytest.approx(whole / 2, rel=0.01)
 
 
+def test_blocks_computed_again(found: Found) -> None:
+    """FSDP's own activation checkpointing changes no weight."""
+    once, again = found("balanced", 0), found("recomputed", 0)
+    assert (once["weights"] - again["weights"]).norm() / once["weights"].norm() < 1e-6
+
+
+def test_a_shard_that_is_not_finite(found: Found) -> None:
+    """A NaN in one process's shard ends the run on all of them with the same words, the node's name among them."""
+    assert found("poisoned", 0) == found("poisoned", 1)
+    assert "'transformer.h.1' on process 0, 'transformer.h.1' on process 1" in found("poisoned", 0)
+
+
 @pytest.mark.parametrize("kind", ["full", "sharded"])
 def test_checkpoints(folder: Path, kind: str, found: Found) -> None:
     """Both kinds of checkpoint resume to the bit and hold what PC needs; a full one loads with plain transformers."""

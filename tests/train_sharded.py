@@ -19,12 +19,13 @@ from accelerate.utils import DistributedType
 from scenarios import build, learn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from hf_pc import PCTrainingArguments
 from hf_pc.node import RELAX
 from hf_pc.relaxation import Relaxation
+from hf_pc.trainer import NonFiniteEnergyError
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 NAMES = ("balanced", "accumulated", "stopping", "every_sweep_stopping", "lora", "refusing")
@@ -37,8 +38,9 @@ def arguments(**options: Any) -> PCTrainingArguments:
     return made
 
 
-def shard(folder: Path, name: str, state_dict: str = "FULL_STATE_DICT", **options: Any) -> Any:
-    config = {"version": 2, "state_dict_type": state_dict}
+def shard(folder: Path, name: str, state_dict: str = "FULL_STATE_DICT", again: bool = False, **options: Any) -> Any:
+    """The trainer of a scenario, sharded; with `again` blocks are computed anew in the backward pass."""
+    config = {"version": 2, "state_dict_type": state_dict, "activation_checkpointing": again}
     run = build(folder, name, WORLD, fsdp=True, fsdp_config=config, **options)
     assert run.accelerator.is_fsdp2
     return run
@@ -89,6 +91,22 @@ def watched(folder: Path) -> dict[str, list[Any]]:
     return seen | {"held": [sum(held)]}
 
 
+class PoisonShard(TrainerCallback):
+    """Puts a NaN into what the last process holds of the second block."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if RANK == WORLD - 1:
+            model.transformer.h[1].ln_1.weight.data.to_local().fill_(float("nan"))
+
+
+def poisoned(folder: Path) -> str:
+    try:
+        shard(folder, "balanced", callbacks=[PoisonShard()]).train()
+    except NonFiniteEnergyError as error:
+        return str(error)
+    return "nothing happened"
+
+
 def loaded(folder: Path) -> Any:
     """What transformers shards when it loads a model, on the CPU too; Accelerate has no part in it."""
     PartialState(cpu=True)
@@ -112,6 +130,8 @@ def main(folder: Path) -> None:
         found[f"saved_{kind}"] = learn(shard(folder / kind, "balanced", state_dict, **saving))
         resumed = shard(folder / f"{kind}_resumed", "balanced", state_dict, **adam)
         found[f"resumed_{kind}"] = learn(resumed, str(folder / kind / "checkpoint-3"))
+    found["recomputed"] = learn(shard(folder / "recomputed", "balanced", again=True))
+    found["poisoned"] = poisoned(folder / "poisoned")
     found["watched"] = watched(folder / "watched")
     for name, value in found.items():
         torch.save(value, folder / f"{name}-{RANK}.pt")
