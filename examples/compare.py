@@ -120,6 +120,8 @@ def run(
     trainer = learn(
         model=model, args=args, pc_config=pc_config, processing_class=processing_class, callbacks=[timer], **options
     )
+    if weights and trainer.is_fsdp_enabled:
+        raise ValueError("--compare_bp trains a whole model again, and FSDP has sharded it: add --no_compare_bp")
     histories: dict[str, History] = {}
     results, history = train_pc(trainer, timer)
     if args.do_train:

@@ -4,6 +4,11 @@
     accelerate launch examples/run_clm_pc.py --model_name_or_path M --train_file F --output_dir runs/mine
     accelerate launch examples/run_clm_pc.py settings.yaml
 
+On several GPUs, or as two processes on the CPU (where `accelerate launch --cpu` would start one):
+
+    accelerate launch --multi_gpu --num_processes 2 examples/run_clm_pc.py --use_cpu --train_file F
+    torchrun --nproc_per_node 2 examples/run_clm_pc.py --use_cpu --train_file F
+
 Takes the flags of transformers' run_clm.py, every TrainingArguments field, and every PCConfig field.
 """
 

@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
+from hf_pc.processes import gathered
+
 logger = logging.getLogger(__name__)
+#: what is named where every energy is finite
+GRADIENT = "a gradient"
 
 
 class SteeringCallback(TrainerCallback):
@@ -49,7 +53,7 @@ class NonFiniteGuard(TrainerCallback):
         node = self._node or self.trainer.nonfinite_node
         self._node = None
         if node is None and not args.fp16:  # there the gradient scaler takes care of overflows
-            node = "a gradient" if any(_overflows(p.grad) for p in model.parameters()) else None
+            node = GRADIENT if any(_overflows(p.grad) for p in model.parameters()) else None
         anywhere = self.trainer.reduce_sums(torch.tensor([float(node is not None)], dtype=torch.float64))
         if not anywhere.item():
             self.in_a_row = 0
@@ -57,7 +61,7 @@ class NonFiniteGuard(TrainerCallback):
         for parameter in model.parameters():
             parameter.grad = None
         self.in_a_row += 1
-        where = repr(node) if node else "another process"
+        where = _where(node)
         logger.warning("step %d: free energy or gradient of %s is not finite; no update", state.global_step + 1, where)
         if self.in_a_row >= self.patience:
             self.trainer.stopped_by = where
@@ -69,7 +73,17 @@ class NonFiniteGuard(TrainerCallback):
 
 
 def _overflows(gradient: torch.Tensor | None) -> bool:
-    return gradient is not None and not bool(gradient.isfinite().all())
+    own = getattr(gradient, "to_local", lambda: gradient)()  # a shard is asked alone: others may not be asking
+    return own is not None and not bool(own.isfinite().all())
+
+
+def _where(node: str | None) -> str:
+    """The node, and of several processes which: the same words on each. A gradient that all share says less."""
+    nodes = gathered(node)
+    if len(nodes) == 1:
+        return repr(node)
+    named = {rank: name for rank, name in enumerate(nodes) if name not in (None, GRADIENT)}
+    return ", ".join(f"{name!r} on process {rank}" for rank, name in named.items()) or f"{GRADIENT!r} on all processes"
 
 
 class PCProgressCallback(ProgressCallback):

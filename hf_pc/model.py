@@ -27,7 +27,7 @@ from hf_pc.learning import PLAIN, RULES, Phase
 from hf_pc.node import LEARN, RELAX, Node, Strength
 from hf_pc.output import Output, auxiliary_loss, routes
 from hf_pc.placement import layer_drop, resolve
-from hf_pc.processes import process_count, process_index
+from hf_pc.processes import everywhere, is_sharded, process_count, process_index
 from hf_pc.relaxation import EVERY_PHASE, Relaxation, Share, add_sums, summary
 from hf_pc.report import RelaxationOutput
 from hf_pc.reuse import FirstPrediction
@@ -69,7 +69,7 @@ class PCModel:
         self._own_labels: Tensor | None = None
         self._random: RandomState | None = None
         self._confirm: Callable[[], bool] | None = None
-        self._defers = False
+        self._defers = self._sharded = False
         self._keep_states = False
         self._states: dict[str, Tensor] = {}
         self.attach()
@@ -151,6 +151,7 @@ class PCModel:
         inputs: Mapping[str, Any],
         weight_step: Callable[[Tensor], None] | None = None,
         phase: Phase = PLAIN,
+        forward: Callable[..., Any] | None = None,
     ) -> Iterator[Relaxation]:
         """Relax the errors to a batch; inside the context, `learning_pass` is the last sweep.
 
@@ -162,6 +163,7 @@ class PCModel:
             weight_step: with `weight_update="every_sweep"`, what to do with each sweep's loss: `backward()` and a
                 step of the weights' optimizer.
             phase: one of `phases`, which are to be gone through in order.
+            forward: what passes that move weights call instead of the model, such as its distributed wrapper.
         """
         if (weight_step is None) != (self.config.weight_update == "final"):
             raise ValueError(
@@ -184,6 +186,14 @@ class PCModel:
         self.relaxation = Relaxation(
             len(labels), count, strength, self.solver.join, phase, self._before, signs, self.share
         )
+        forward = self.model if weight_step is None or forward is None else forward
+        self._sharded = is_sharded(self.model)
+        together = self._sharded or (weight_step is not None and process_count() > 1)
+        if together:  # every pass is a meeting of all processes
+            device = next(self.model.parameters()).device
+            self.relaxation.agree = lambda holds: everywhere(holds, device)
+        # a sharded model gathers a block for one backward pass through it, which pieces would not be
+        self.relaxation.pieces = not self._sharded and forward is self.model
         self.relaxation.followed = first and any(other.warm for other in self.phases)
         # what waits at a site is taken up by the last phase, if that has the same sites
         later = phase is not PLAIN and phase is not self.phases[-1] and all(other.warm for other in self.phases[1:])
@@ -203,7 +213,7 @@ class PCModel:
                         relaxing.enter_context(self._frozen())
                         if not routed:
                             relaxing.enter_context(self._first_prediction.reused())
-                    self._confirm = self._relax(batch, labels, weight_step)
+                    self._confirm = self._relax(batch, labels, weight_step, forward)
                 yield self.relaxation
             over = phase is self.phases[-1] or phase is PLAIN
         finally:
@@ -214,13 +224,17 @@ class PCModel:
                 self._first_prediction.forget()
 
     def _relax(
-        self, batch: Mapping[str, Any], labels: Tensor, weight_step: Callable[[Tensor], None] | None
+        self,
+        batch: Mapping[str, Any],
+        labels: Tensor,
+        weight_step: Callable[[Tensor], None] | None,
+        forward: Callable[..., Any],
     ) -> Callable[[], bool]:
         relaxation = self.relaxation
         assert relaxation is not None
 
         def sweep() -> Tensor:
-            energy = self._pass(self.model, batch, labels)[1]
+            energy = self._pass(forward, batch, labels)[1]
             if not relaxation.sites:
                 raise _NothingToRelax
             return energy
@@ -237,6 +251,10 @@ class PCModel:
 
         In RELAX mode it is the output energy of each sequence, [batch], for the solver's `gradients`.
 
+        A refused pass is run again on the model itself: a wrapper that waits for gradients has been called, finds
+        them whichever graph they come from, and other processes need not know. A sharded model's passes are all
+        processes' own, so there all repeat it or none.
+
         Args:
             inputs: the batch that `relaxed` was given.
             forward: what to call instead of the model, such as its distributed wrapper.
@@ -246,15 +264,16 @@ class PCModel:
         batch, labels = self._split(inputs, self.relaxation.phase)
         forward = forward or self.model
         bare = forward is self.model
-        self.relaxation.pieces = bare and not routes(self.model, batch)
+        self.relaxation.pieces = bare and not self._sharded and not routes(self.model, batch)
         self.relaxation.defers = mode == LEARN and self._defers and self._first_prediction.serves_learning()
         with self._first_prediction.reused() if self.relaxation.defers else nullcontext():
             self.relaxation.begin(mode)
             outputs, energy = self._pass(forward, batch, labels)
-            if not _everywhere(self._confirm(), energy.device, bare=bare):
-                del outputs
+            stands = self._confirm()
+            if not (self.relaxation.agree(stands) if self._sharded else stands):
+                del outputs, energy
                 self.relaxation.begin(mode)
-                outputs, energy = self._pass(forward, batch, labels)
+                outputs, energy = self._pass(self.model, batch, labels)
         return energy if mode == RELAX else self.relaxation.loss(energy), outputs
 
     def free_energy_gradients(self, inputs: Mapping[str, Any]) -> list[Tensor]:
@@ -288,7 +307,8 @@ class PCModel:
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        # a gathered parameter keeps what its shard required when it was first gathered; autograd.grad leaves it alone
+        trained = [] if self._sharded else [p for p in self.model.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
         try:
@@ -485,12 +505,3 @@ def _remove(
         attention.detach()
     if undo:
         undo()
-
-
-def _everywhere(stands: bool, device: torch.device, *, bare: bool) -> bool:
-    """Whether a pass stands on every process: through a distributed wrapper all of them repeat it, or none."""
-    if bare or process_count() == 1:
-        return stands
-    vote = torch.tensor([float(stands)], device=device)
-    torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MIN)
-    return bool(vote.item())

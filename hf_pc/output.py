@@ -50,14 +50,15 @@ class Output(ABC):
         """The output energy of a model: the one named, or with "auto" what its own loss does with labels."""
         base = base_model(model)
         config = getattr(base, "config", None)
+        kind = type(base).__name__.removeprefix("FSDP")  # what sharding calls the class of a model
         encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         causal = (
             LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss
-            or type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+            or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         )
         if name == "auto":
             problem = getattr(config, "problem_type", None)
-            if problem is None and getattr(config, "num_labels", 2) == 1 and "Classification" in type(base).__name__:
+            if problem is None and getattr(config, "num_labels", 2) == 1 and "Classification" in kind:
                 problem = "regression"
             name = {"regression": "gaussian", "multi_label_classification": "bernoulli"}.get(
                 str(problem), "categorical"

@@ -79,6 +79,8 @@ class Relaxation:
         self.weights: list[Tensor] = []  # what may learn
         self._held: dict[Tensor, Tensor] = {}
         self.followed = False  # whether a phase comes that begins where this one's errors point to
+        #: whether what holds here does so on every process, where passes are made by all of them together
+        self.agree: Callable[[bool], bool] = lambda holds: holds
         self.defers = False  # whether the first node's module is left to learn in a later phase
         self.step_size = 1.0
         self.scale: Tensor | float = 1.0

@@ -7,9 +7,7 @@ checkpoints and gradient synchronisation stay the Trainer's.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -21,12 +19,14 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from hf_pc.callbacks import NonFiniteGuard, SteeringCallback
+from hf_pc.checkpoints import CheckpointMixin
 from hf_pc.config import PCConfig
 from hf_pc.diagnostics.curvature import largest_curvature
-from hf_pc.model import STATE_NAME, PCModel
-from hf_pc.placement import layer_drop, resolve
+from hf_pc.model import PCModel
+from hf_pc.placement import resolve
+from hf_pc.processes import gathered, is_sharded, naming_the_lost, reducing
+from hf_pc.refusals import check_processes, refuse
 from hf_pc.relaxation import add_sums, summary
-from hf_pc.steering import check_state
 from hf_pc.token_loss import BackpropSeq2SeqTrainer, BackpropTrainer, TokenLossMixin
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class PCTrainingArguments(TrainingArguments):
             raise ValueError(f"nonfinite_patience={self.nonfinite_patience!r} is not allowed: at least 1 is needed")
 
 
-class PCTrainerMixin(TokenLossMixin):
+class PCTrainerMixin(CheckpointMixin, TokenLossMixin):
     """Predictive coding for any Trainer subclass: `class MyPCTrainer(PCTrainerMixin, MyTrainer)`.
 
     Args:
@@ -104,39 +104,8 @@ class PCTrainerMixin(TokenLossMixin):
                 raise ValueError(
                     f"no parameter of {type(model).__name__} requires a gradient: there is nothing to learn"
                 )
-        if args is None:
-            return
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs without a launcher mean DataParallel, whose replicas cannot relax: start with "
-                "`accelerate launch` or torchrun, or show one GPU with CUDA_VISIBLE_DEVICES=0"
-            )
-        if self.pc_config.weight_update == "every_sweep" and (
-            args.gradient_accumulation_steps > 1 or args.world_size > 1 or args.fp16
-        ):
-            raise ValueError(
-                "weight_update='every_sweep' moves the weights within a batch: it takes "
-                "gradient_accumulation_steps=1, one process and no fp16"
-            )
-        backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-        if backend.lower() != "no":
-            raise ValueError(
-                f"--dynamo_backend {backend} is not supported: a compiled model skips the hooks of nodes; "
-                "PCConfig.compile=True compiles between them"
-            )
-        if self.pc_config.weight_update == "every_sweep" and getattr(args, "curvature_steps", None):
-            raise ValueError(f"curvature_steps={args.curvature_steps} cannot be had with weight_update='every_sweep'")
-        drop = None if model is None else layer_drop(model)
-        if args.world_size > 1 and drop:
-            raise ValueError(f"{drop} is not supported with several processes: each would have nodes of its own; "
-                             "set it to 0")  # fmt: skip
-        if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-            raise ValueError("DeepSpeed is not supported: it owns the backward pass")
-        if args.torch_compile:
-            raise ValueError(
-                "torch_compile=True is not supported: a compiled model skips the hooks of the nodes; "
-                "PCConfig.compile=True compiles between them"
-            )
+        if args is not None:
+            refuse(args, self.pc_config, model)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As `Trainer.train`. Raises NonFiniteEnergyError where a non-finite free energy persisted."""
@@ -145,7 +114,9 @@ class PCTrainerMixin(TokenLossMixin):
         self._restored = self.pc.state_dict() if self.pc is not None else None  # training goes on where it was
         self.stopped_by, self._window, self._probed, self.pc = None, {}, set(), None
         try:
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with naming_the_lost(str(self.args.output_dir)):
+                check_processes(self.args, self.pc_config, self.train_dataset)
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             if self.pc is not None:
                 self.pc.detach()
@@ -179,7 +150,11 @@ class PCTrainerMixin(TokenLossMixin):
         logged: Tensor | None = None
         for phase in pc.phases:
             last = phase is pc.phases[-1]
-            with pc.relaxed(inputs, weight_step, phase) as relaxation, self._synchronised(model, last):
+            with (
+                self._relaxing(model, weight_step),
+                pc.relaxed(inputs, weight_step, phase, model) as relaxation,
+                self._synchronised(model, last),
+            ):
                 loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
                 add_sums(self._window, pc.observe(relaxation))
                 if not bool(relaxation.free_energy().isfinite().all()):
@@ -198,7 +173,7 @@ class PCTrainerMixin(TokenLossMixin):
         if every is None or self.state.global_step % every or self.state.global_step in self._probed:
             return
         self._probed.add(self.state.global_step)
-        curvature = largest_curvature(pc, inputs)
+        curvature = max(gathered(largest_curvature(pc, inputs)))
         self.log({"curvature": curvature})
         if curvature > RUNAWAY_CURVATURE:
             logger.warning(
@@ -207,8 +182,14 @@ class PCTrainerMixin(TokenLossMixin):
                 self.state.global_step, curvature, RUNAWAY_CURVATURE,
             )  # fmt: skip
 
+    def _relaxing(self, model: nn.Module, weight_step: Any) -> AbstractContextManager[Any]:
+        """A sharded model would take the backward pass of a relaxing sweep for one to exchange gradients after."""
+        return reducing(model, False) if weight_step is None and is_sharded(model) else nullcontext()
+
     def _synchronised(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Processes exchange gradients once per step, after its last phase."""
+        """Processes exchange gradients once per optimiser step, after the last phase of its last batch."""
+        if is_sharded(model):  # where Accelerate's no_sync would end an accumulating one around it
+            return reducing(model, last and self.accelerator.sync_gradients)
         return nullcontext() if last else self.accelerator.no_sync(model)
 
     def _auxiliary(self, outputs: Any) -> Tensor | float:
@@ -220,9 +201,11 @@ class PCTrainerMixin(TokenLossMixin):
     ) -> Callable[[Tensor], None]:
         """Incremental PC (arXiv 2212.00720): a step of the weights' optimizer after each relaxing sweep."""
         divisor = items if items is not None else self.output.count(self.output.split(inputs)[1])
+        # processes average their gradients, as in `compute_loss`
+        factor = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
         def step(loss: Tensor) -> None:
-            self.accelerator.backward(loss / divisor)
+            self.accelerator.backward(factor * loss / divisor)
             if self.args.max_grad_norm:
                 self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
             assert self.optimizer is not None
@@ -263,24 +246,6 @@ class PCTrainerMixin(TokenLossMixin):
             means["relative_std"] = self.pc.relative_std
         means.update({f"energy/{name}": value for name, value in energies.items()})
         return means
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            self.pc_config.save_pretrained(folder)
-            if self.pc is not None:
-                self.pc.save_state(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / STATE_NAME
-        if path.is_file():
-            try:
-                self._restored = json.loads(path.read_text(encoding="utf-8"))
-                check_state(self._restored)
-            except ValueError as error:
-                raise ValueError(f"{path} cannot be resumed from: {error}") from error
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """transformers' own card with the settings and the regime of this run; same signature."""

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_pc import PCConfig, PCModel
 from hf_pc.distributed import SplitPCModel
+from hf_pc.processes import at_once
 
 STATE = {"solver": "state", "relative_std": 0.5, "sweeps": 12}
 #: architectures whose blocks are no chain, and what the error says of them
@@ -181,7 +182,7 @@ def saving(folder: Path) -> None:
 def refusals(folder: Path) -> None:
     """What cannot be done is said on every process, and nobody waits for ever."""
     rank = dist.get_rank()
-    with pytest.raises(ValueError, match=r"sweeps=4 in process 0 and 5 in process 1"):
+    with pytest.raises(ValueError, match=r"PCConfig.sweeps differs between processes: 4 on process 0, 5 on process 1"):
         SplitPCModel(make("gpt2"), PCConfig(solver="state", sweeps=4 + rank))
     with pytest.raises(ValueError, match="the model differs between processes"):
         SplitPCModel(make(["gpt2", "llama"][rank]), PCConfig(**STATE))
@@ -196,7 +197,7 @@ def refusals(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"split=\[3, 1\] is not allowed: 2 numbers .* add up to the 3 blocks"):
         SplitPCModel(make("gpt2"), PCConfig(**STATE), split=[3, 1])
     split = SplitPCModel(make("gpt2"), PCConfig(**STATE))
-    with pytest.raises(ValueError, match="the batch differs between processes: input_ids"):
+    with pytest.raises(ValueError, match="'input_ids' of the batch differs between processes"):
         split.accumulate_grad(**{**batch(), "input_ids": (batch()["input_ids"] + rank) % 50})
     if rank == 0:  # on one process alone
         with pytest.raises(ValueError, match="is not allowed"):
@@ -207,8 +208,6 @@ def refusals(folder: Path) -> None:
 
 
 def _fail_on(split: SplitPCModel, rank: int) -> None:
-    from hf_pc.distributed.neighbours import at_once
-
     at_once("only on process 1" if split.neighbours.index == rank else None)
 
 

@@ -69,7 +69,7 @@ def largest_curvature(pc: PCModel, inputs: Mapping[str, Any], iterations: int = 
             for vector in basis:  # against all of them: rounding would bring old ones back
                 image = image - (image @ vector) * vector
             length = float(image.norm())
-            if length < 1e-6 * abs(diagonal[0]):
+            if not relaxation.agree(length >= 1e-6 * abs(diagonal[0])):  # all stop where one does
                 break
             off.append(length)
             basis.append(image / length)

@@ -7,7 +7,7 @@ same in every sweep, so that messages between two processes need no names.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_pc.processes import process_count, process_index
+from hf_pc.processes import gathered, process_count, process_index
 from hf_pc.relaxation import OUTPUT_LABEL, Share
 
 #: of `Relaxation.sums` what each process measured of its own nodes; the rest is the same on all of them
@@ -92,10 +92,8 @@ class Neighbours(Share):
     def merge(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.count == 1:
             return sums
-        everywhere: list[dict[str, Tensor] | None] = [None] * self.count
         with self.timeline.noted("wait"):
-            dist.all_gather_object(everywhere, sums)
-        parts = [part for part in everywhere if part is not None]
+            parts: list[dict[str, Tensor]] = gathered(sums)
         merged = {name: value for part in parts for name, value in part.items()}
         return merged | {name: torch.stack([part[name] for part in parts]).sum() for name in ADDED}
 
@@ -114,31 +112,3 @@ class Receipt:
                 self.work.wait()
             self.work = None
         return self.buffer
-
-
-def at_once(failure: str | None) -> None:
-    """Raise ValueError on every process where any of them has something to complain about; called by all."""
-    found = [failure]
-    if process_count() > 1:
-        found = [None] * process_count()
-        dist.all_gather_object(found, failure)
-    told = {text: None for text in found if text}
-    if told:
-        raise ValueError("; ".join(told))
-
-
-def same_everywhere(what: str, values: Mapping[str, object]) -> None:
-    """Raise ValueError on every process, naming the fields, unless all processes have equal values; called by all."""
-    if process_count() == 1:
-        return
-    everywhere: list[dict[str, object] | None] = [None] * process_count()
-    dist.all_gather_object(everywhere, dict(values))
-    first = everywhere[0] or {}
-    for rank, other in enumerate(everywhere):
-        other = other or {}
-        wrong = [name for name in {**first, **other} if first.get(name) != other.get(name)]
-        if wrong:
-            raise ValueError(
-                f"{what} differs between processes: "
-                + ", ".join(f"{n}={first.get(n)!r} in process 0 and {other.get(n)!r} in process {rank}" for n in wrong)
-            )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from hf_pc.config import PCConfig
 from hf_pc.distributed.chain import trace
-from hf_pc.distributed.neighbours import Neighbours, Receipt, Timeline, at_once, same_everywhere
+from hf_pc.distributed.neighbours import Neighbours, Receipt, Timeline
 from hf_pc.distributed.partition import balanced, check_counts
 from hf_pc.distributed.stage import Stage
 from hf_pc.distributed.weights import Shared, clip_grad_norm, gathered
@@ -34,7 +34,7 @@ from hf_pc.model import PCModel
 from hf_pc.node import LEARN, Boundary, Node
 from hf_pc.output import base_model, routes
 from hf_pc.placement import blocks
-from hf_pc.processes import process_count
+from hf_pc.processes import at_once, process_count, same_everywhere
 from hf_pc.report import RelaxationOutput
 from hf_pc.reuse import FirstPrediction
 from hf_pc.solvers import SOLVERS
@@ -68,8 +68,8 @@ class SplitPCModel(PCModel):
         example: Mapping[str, Any] | None = None,
     ) -> None:
         config = config or PCConfig(solver="state")
-        same_everywhere("PCConfig", config.to_dict())
-        same_everywhere("the model", _signature(model))
+        same_everywhere({f"PCConfig.{name}": value for name, value in config.to_dict().items()})
+        same_everywhere(_signature(model))
         found = blocks(model)
         counts: list[int] = []
         failure = None
@@ -197,8 +197,7 @@ class SplitPCModel(PCModel):
 
     def _check_batch(self, inputs: Mapping[str, Any]) -> None:
         """Raise ValueError everywhere if the processes were not given the same batch."""
-        values = {n: _fingerprint(v) for n, v in inputs.items() if isinstance(v, Tensor)}
-        same_everywhere("the batch", values)
+        same_everywhere({f"{n!r} of the batch": _fingerprint(v) for n, v in inputs.items() if isinstance(v, Tensor)})
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Any]]) -> float:
@@ -259,8 +258,8 @@ def _check_config(config: PCConfig) -> None:
 
 
 def _signature(model: nn.Module) -> dict[str, object]:
-    shapes = {name: (tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()}
-    return {"class": type(base_model(model)).__name__, **shapes}
+    kinds = {f"parameter {n}": (tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in model.named_parameters()}
+    return {"the model": type(base_model(model)).__name__, **kinds}
 
 
 def _example(model: nn.Module, example: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -50,6 +50,9 @@ class Solver(ABC):
             forward: one pass over the network at the current errors; returns the output energy, nats, [batch].
             weight_step: moves the weights, given the loss of a pass in LEARN mode; None leaves them to the last sweep.
 
+        A solver that stops early asks `relaxation.agree` first: where passes are made by all processes together (a
+        sharded model, weights that move) each has to make as many.
+
         Returns:
             Says, called after the last pass, whether its errors stand. If it says no it has put
             back errors that do, and the pass is to be run again.

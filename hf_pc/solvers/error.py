@@ -42,7 +42,7 @@ class ErrorSolver(Solver):
             descent = descent or Descent(relaxation, self.tolerance)
             stands = descent.judge()
             descent.move(stands, self.gradients(relaxation, energy))
-            if bool(descent.converged().all()):
+            if self.tolerance and relaxation.agree(bool(descent.converged().all())):
                 break
         return lambda: descent is None or descent.confirm()
 
@@ -53,6 +53,6 @@ class ErrorSolver(Solver):
             gradients = self.gradients(relaxation, forward())
             for site, gradient in zip(relaxation.sites, gradients, strict=True):
                 site.leaf = (site.leaf.detach() - step * site.step(gradient)).requires_grad_()
-            if self.tolerance and bool((relaxation.residual() < self.tolerance).all()):
+            if self.tolerance and relaxation.agree(bool((relaxation.residual() < self.tolerance).all())):
                 break
         return lambda: True

@@ -151,7 +151,7 @@ class StateSolver(Solver):
                 gradients = [site.gradient for site in relaxation.sites]
             mover.move(gradients)
             self.moved(relaxation)
-            if self.tolerance and bool((relaxation.residual() < self.tolerance).all()):
+            if self.tolerance and relaxation.agree(bool((relaxation.residual() < self.tolerance).all())):
                 break
         return mover.confirm
 

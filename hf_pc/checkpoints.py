@@ -1,0 +1,109 @@
+"""Checkpoints that are whole or not there: written beside where they belong, then renamed.
+
+A `checkpoint-N` is what a run is resumed from and what is pushed, so a process that dies while it writes must not
+leave half of one under that name. What it leaves is in a folder that a Trainer takes for no checkpoint and does not
+push, and the next save clears it away.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from hf_pc.config import PCConfig
+from hf_pc.model import STATE_NAME, PCModel
+from hf_pc.steering import check_state
+
+_TrainerPart: Any = Trainer if TYPE_CHECKING else object
+
+#: the underscore keeps it out of what a Trainer pushes
+UNFINISHED = "_unfinished"
+
+
+class CheckpointMixin(_TrainerPart):
+    """Saves and resumes what a PC run has beside a Trainer's checkpoint, and makes checkpoints all or nothing."""
+
+    pc_config: PCConfig
+    pc: PCModel | None
+    _restored: dict[str, Any] | None
+    _writing: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return folder if self._writing is None else str(self._writing)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial))
+        if self.is_world_process_zero():
+            shutil.rmtree(run / UNFINISHED, ignore_errors=True)  # of a run that ended while it wrote
+        self.accelerator.wait_for_everyone()
+        self._writing = run / UNFINISHED
+        try:
+            super()._save_checkpoint(model, trial)
+            self._finish_checkpoint()
+        finally:
+            self._writing = None
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        super()._push_from_checkpoint(str(self._finish_checkpoint() or checkpoint_folder))
+
+    def _finish_checkpoint(self) -> Path | None:
+        """Give the checkpoint its name, once every process has written its part; None where it has it already."""
+        if self._writing is None:
+            return None
+        name = f"checkpoint-{self.state.global_step}"
+        written, whole = self._writing / name, self._writing.parent / name
+        self._writing = None
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(whole)
+        if self.args.should_save:
+            self._save_pc(written)  # of a sharded checkpoint the Trainer calls no `_save`
+            self.state.save_to_json(str(written / "trainer_state.json"))
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            _move(written, whole)
+        self.accelerator.wait_for_everyone()
+        if self.is_local_process_zero() and written.exists():  # a machine with a disk of its own
+            _move(written, whole)
+        self.accelerator.wait_for_everyone()
+        return whole
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save:
+            self._save_pc(Path(output_dir or self.args.output_dir))
+
+    def _save_pc(self, folder: Path) -> None:
+        self.pc_config.save_pretrained(folder)
+        if self.pc is not None:
+            self.pc.save_state(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / STATE_NAME
+        if path.is_file():
+            try:
+                self._restored = json.loads(path.read_text(encoding="utf-8"))
+                check_state(self._restored)
+            except ValueError as error:
+                raise ValueError(f"{path} cannot be resumed from: {error}") from error
+
+
+def _move(written: Path, whole: Path) -> None:
+    if whole.exists():  # this step was saved before
+        whole.rename(written.parent / "replaced")
+    written.rename(whole)
+    shutil.rmtree(written.parent, ignore_errors=True)

@@ -1,0 +1,150 @@
+"""What a PC run cannot do, said before it starts: on every process, so that none waits for another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sized
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments
+
+from hf_pc.config import PCConfig
+from hf_pc.placement import layer_drop
+from hf_pc.processes import process_count, same_everywhere
+
+#: settings of TrainingArguments that all processes must share, or one of them waits for passes that never come
+SHARED = (
+    "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps",
+)  # fmt: skip
+#: kinds of parallelism that split a sequence or a layer, by what ParallelismConfig and DistributedConfig call them
+SPLITS = {
+    "tp_size": "tensor parallelism", "cp_size": "context parallelism", "sp_size": "sequence parallelism",
+    "pp_size": "pipeline parallelism", "ep_size": "expert parallelism",
+}  # fmt: skip
+
+
+def refuse(args: TrainingArguments, config: PCConfig, model: nn.Module | None) -> None:
+    """Raise ValueError, naming the setting, on arguments that predictive coding cannot follow."""
+    spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1  # which no one replicates
+    if args.n_gpu > 1 and not spread:
+        raise ValueError(
+            f"{args.n_gpu} GPUs without a launcher mean DataParallel, whose replicas cannot relax: start with "
+            "`accelerate launch` or torchrun, or show one GPU with CUDA_VISIBLE_DEVICES=0"
+        )
+    _refuse_weight_update(args, config)
+    _refuse_compilation(args)
+    drop = None if model is None else layer_drop(model)
+    if args.world_size > 1 and drop:
+        raise ValueError(
+            f"{drop} is not supported with several processes: each would have nodes of its own; set it to 0"
+        )
+    if args.deepspeed or _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(f"deepspeed={args.deepspeed!r} is not supported: DeepSpeed owns the backward pass; use FSDP2")
+    if _is_set("ACCELERATE_USE_MEGATRON_LM"):
+        raise ValueError("ACCELERATE_USE_MEGATRON_LM=true is not supported: Megatron-LM owns the training step")
+    _refuse_splits(args, model)
+    _refuse_sharding(args)
+    if args.world_size > 1 and args.ddp_static_graph:
+        raise ValueError(
+            "ddp_static_graph=True is not supported: a refused sweep is run again, in a graph of its own; use False"
+        )
+    whole = args.per_device_train_batch_size
+    if args.accelerator_config.split_batches and whole % args.world_size:
+        raise ValueError(
+            f"per_device_train_batch_size={whole} is not allowed with accelerator_config.split_batches=True: it is "
+            f"split over {args.world_size} processes, so a multiple of {args.world_size} is needed"
+        )
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
+
+
+def _refuse_weight_update(args: TrainingArguments, config: PCConfig) -> None:
+    if config.weight_update != "every_sweep":
+        return
+    if args.gradient_accumulation_steps > 1 or args.fp16:
+        raise ValueError(
+            "weight_update='every_sweep' moves the weights within a batch: it takes "
+            "gradient_accumulation_steps=1 and no fp16"
+        )
+    curvature = getattr(args, "curvature_steps", None)
+    if curvature:
+        raise ValueError(f"curvature_steps={curvature} cannot be had with weight_update='every_sweep'")
+
+
+def _refuse_compilation(args: TrainingArguments) -> None:
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        raise ValueError(
+            f"--dynamo_backend {backend} is not supported: a compiled model skips the hooks of nodes; "
+            "PCConfig.compile=True compiles between them"
+        )
+    if args.torch_compile:
+        raise ValueError(
+            "torch_compile=True is not supported: a compiled model skips the hooks of the nodes; "
+            "PCConfig.compile=True compiles between them"
+        )
+
+
+def _refuse_splits(args: TrainingArguments, model: nn.Module | None) -> None:
+    found: dict[str, Any] = {}
+    if args.parallelism_config is not None:
+        found |= {f"parallelism_config.{name}": getattr(args.parallelism_config, name, None) for name in SPLITS}
+    if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        variables = {name: f"PARALLELISM_CONFIG_{name.upper()}" for name in SPLITS}
+        found |= {variable: os.environ.get(variable) for variable in variables.values()}
+    loaded = getattr(getattr(model, "config", None), "distributed_config", None)
+    found |= {f"distributed_config.{name}": getattr(loaded, name, None) for name in SPLITS}
+    for name, size in found.items():
+        if size is not None and int(size) > 1:
+            kind = SPLITS[name.lower().rpartition(".")[2].removeprefix("parallelism_config_")]
+            raise ValueError(
+                f"{name}={size} is not supported: {kind} splits what a node holds over processes; use 1, and FSDP2 "
+                "for models that are too large for one device"
+            )
+
+
+def _refuse_sharding(args: TrainingArguments) -> None:
+    if not args.fsdp and not _is_set("ACCELERATE_USE_FSDP"):
+        return
+    plugin: dict[str, Any] = args.fsdp_plugin_args or {}
+    version = int(plugin.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
+    if version != 2:
+        raise ValueError(
+            f"fsdp version {version} is not supported: its flattened parameters hide the modules of the nodes; set "
+            "fsdp_config={'version': 2}, or --fsdp_version 2 for `accelerate launch`"
+        )
+    if (args.fsdp_config or {}).get("xla"):  # type: ignore[union-attr]
+        raise ValueError("fsdp_config['xla']=True is not supported: use FSDP2 of PyTorch")
+    if str(args.distributed_state.distributed_type).endswith("MULTI_CPU"):  # type: ignore[union-attr]
+        raise ValueError(
+            f"fsdp={args.fsdp!r} on the CPU is not supported: Accelerate leaves it out there without a word, and "
+            "every process would hold the whole model"
+        )
+
+
+def check_processes(args: TrainingArguments, config: PCConfig, train_dataset: Any) -> None:
+    """Raise ValueError, on every process, where processes were given different things, or too little for each.
+
+    Called when training starts, by every process.
+    """
+    rows = len(train_dataset) if isinstance(train_dataset, Sized) else None
+    own = {f"PCConfig.{name}": value for name, value in config.to_dict().items()}
+    own |= {f"args.{name}": getattr(args, name) for name in SHARED} | {"rows of train_dataset": rows}
+    same_everywhere(own)
+    count = process_count()
+    if rows is not None and count > 1 and rows < count:
+        raise ValueError(
+            f"train_dataset has {rows} rows for {count} processes: at least {count} are needed, one for each"
+        )
+    even = args.accelerator_config.even_batches is not False
+    split = args.accelerator_config.split_batches
+    step = args.per_device_train_batch_size * (1 if split else count)
+    if rows is not None and count > 1 and not even and not args.dataloader_drop_last and rows % step:
+        raise ValueError(
+            f"accelerator_config.even_batches=False leaves {count} processes with unequal numbers of batches of "
+            f"{rows} rows, and one would wait for ever; use True, or dataloader_drop_last=True"
+        )

@@ -1,0 +1,64 @@
+"""A checkpoint is whole or not there, and everything that a Trainer does with checkpoints still works."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_trainer import trainer
+
+SAVING = {"save_strategy": "steps", "save_steps": 1}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+class DiskFullError(OSError):
+    """The disk is full."""
+
+
+def test_what_is_half_written_is_no_checkpoint(tmp_path: Path) -> None:
+    """A save that fails leaves the one before; the run resumes from there and clears away what was left."""
+    run = trainer(tmp_path, **SAVING)
+    save = run._save_rng_state
+
+    def fail(folder: str) -> None:
+        if run.state.global_step == 2:
+            raise DiskFullError
+        save(folder)
+
+    run._save_rng_state = fail
+    with pytest.raises(DiskFullError):
+        run.train()
+    assert names(tmp_path) == ["_unfinished", "checkpoint-1"]
+    again = trainer(tmp_path, **SAVING)
+    again.train(resume_from_checkpoint=True)
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
+    for step in (1, 2, 3, 4):
+        state = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert state["global_step"] == step
+
+
+def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
+    """save_total_limit keeps so many, the best among them, under the name that the state knows it by."""
+    evaluating: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    run = trainer(tmp_path, save_total_limit=2, learning_rate=0.3, max_steps=5, **evaluating, **SAVING)
+    run.train()
+    losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    best = f"checkpoint-{1 + losses.index(min(losses))}"
+    assert run.state.best_model_checkpoint == str(tmp_path / best)
+    assert names(tmp_path) == sorted({best, "checkpoint-5"} | ({"checkpoint-4"} if best == "checkpoint-5" else set()))
+    state = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / best)
+
+
+def test_a_step_saved_before_is_replaced(tmp_path: Path) -> None:
+    """Training again into the same folder replaces its checkpoints, one whole one by another."""
+    for rate in (1e-3, 0.1):
+        trainer(tmp_path, max_steps=1, learning_rate=rate, **SAVING).train()
+        state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
+        assert state["log_history"][0]["learning_rate"] == rate
+    assert names(tmp_path) == ["checkpoint-1"]

@@ -1,0 +1,70 @@
+"""What several processes cannot do yet is an error before training that names the setting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from accelerate.utils import DistributedType
+from test_invariants import make
+from test_trainer import RELAXING, trainer
+
+from hf_pc import PCConfig, PCTrainingArguments
+from hf_pc.refusals import refuse
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "deepspeed=.* is not supported"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "ACCELERATE_USE_MEGATRON_LM=true is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp version 1 is not supported.*--fsdp_version 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp version 1 is not supported"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"},
+         "PARALLELISM_CONFIG_TP_SIZE=2 is not supported: tensor parallelism"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "--dynamo_backend INDUCTOR"),
+    ],
+)  # fmt: skip
+def test_what_a_launcher_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    """DeepSpeed, Megatron-LM, FSDP1, tensor parallelism and compilation, set by `accelerate launch`."""
+    args = PCTrainingArguments(str(tmp_path), use_cpu=True)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        refuse(args, RELAXING, make("gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"deepspeed": "zero.json"}, "deepspeed='zero.json' is not supported"),
+        ({"parallelism_config": SimpleNamespace(tp_size=2)}, r"parallelism_config\.tp_size=2.*tensor parallelism"),
+        ({"parallelism_config": SimpleNamespace(cp_size=2)}, r"parallelism_config\.cp_size=2.*context parallelism"),
+        ({"parallelism_config": SimpleNamespace(sp_size=2)}, r"parallelism_config\.sp_size=2.*sequence parallelism"),
+        ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 1}}, "fsdp version 1 is not supported"),
+        ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 2}}, "fsdp=True on the CPU is not supported"),
+    ],
+)
+def test_what_the_arguments_ask_for(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    """The same as fields of TrainingArguments; and FSDP2 on the CPU, which Accelerate would leave out unsaid."""
+    args = PCTrainingArguments(str(tmp_path), use_cpu=True)
+    for name, value in settings.items():
+        setattr(args, name, value)
+    args.distributed_state = SimpleNamespace(  # type: ignore[assignment]
+        distributed_type=DistributedType.MULTI_CPU, num_processes=2
+    )
+    with pytest.raises(ValueError, match=message):
+        refuse(args, PCConfig(), None)
+
+
+def test_a_model_that_was_split_when_loaded(tmp_path: Path) -> None:
+    """Tensor parallelism of transformers' own `distributed_config` is refused by the Trainer too."""
+    model = make("gpt2")
+    model.config.distributed_config = SimpleNamespace(tp_size=2)
+    with pytest.raises(ValueError, match=r"distributed_config\.tp_size=2 is not supported: tensor parallelism"):
+        trainer(tmp_path / "none", model=model)
+    assert not (tmp_path / "none").exists()
