@@ -5,7 +5,8 @@
 Prints one JSON line per number of processes, each process with one thread. "speedup" is the median of interleaved
 pairs with one process that has the whole model, in the same launch. With --weak the blocks grow with the processes
 (--layers is then per process). "predicted_seconds" is the model of hf_pc.distributed.cost, from the times of one
-process's blocks; --predict 64 prints it for processes that are not there. Memory is each process's peak over what it
+process's blocks; --predict 64 prints it for processes that
+are not there, of a model with a block for each at least. Memory is each process's peak over what it
 had before it built the model: weights, gradients, AdamW's state and activations. Leaves timeline_2.png and so on: who
 computed what when in one step, and below it GPipe's schedule for backprop on the same split, from the same times.
 """
@@ -31,7 +32,7 @@ from timelines import costs_of, draw
 
 from hf_pc import PCConfig, PCModel
 from hf_pc.distributed import SplitPCModel
-from hf_pc.distributed.cost import Costs, step_seconds
+from hf_pc.distributed.cost import Costs, gpipe, step_seconds
 from hf_pc.distributed.partition import fewest
 
 Batch = dict[str, torch.Tensor]
@@ -139,9 +140,20 @@ def launch(args: argparse.Namespace, processes: int, *extra: str) -> list[Any]:
     return [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("LINE")]
 
 
-def predicted(costs: Costs, processes: int, sweeps: int, cores: int | None) -> float:
-    counts = fewest([*costs.relax[:-2], costs.relax[-2] + costs.relax[-1]], processes)
-    return step_seconds(costs, counts, sweeps, cores)
+def predicted(costs: Costs, processes: int, layers: int) -> dict[str, Any]:
+    """What a step costs on processes with a core each, of a model of so many blocks like those measured, with sweeps
+    enough for a signal to reach the first; and what GPipe's of backprop does."""
+    repeated = Costs(*(
+        [kind[0], *[statistics.median(kind[1:-1])] * (layers - 1), kind[-1]]
+        for kind in (costs.forward, costs.relax, costs.learn)
+    ))  # fmt: skip
+    counts = fewest([*repeated.relax[:-2], repeated.relax[-2] + repeated.relax[-1]], processes)
+    seconds, alone = (step_seconds(repeated, split, layers + 2) for split in (counts, [layers]))
+    even = fewest([*repeated.learn[:-2], repeated.learn[-2] + repeated.learn[-1]], processes)
+    backprop = max(event[2] for line in gpipe(repeated, even, 4 * processes) for event in line)
+    return {"processes": processes, "layers": layers, "sweeps": layers + 2, "predicted_seconds": seconds,
+            "predicted_speedup": alone / seconds, "predicted_gpipe_seconds": backprop,
+            "backprop_seconds_in_one_process": sum(repeated.learn)}  # fmt: skip
 
 
 def main() -> None:
@@ -171,12 +183,8 @@ def main() -> None:
                  "memory_ratio": [round(m / whole, 3) for m in memory], "machine": machine}  # fmt: skip
         print(json.dumps(shown), flush=True)
     for processes in args.predict:
-        if costs is None or processes > args.layers:
-            raise ValueError(f"--predict {processes} is over the {args.layers} blocks")
-        seconds, single = (predicted(costs, n, args.sweeps, None) for n in (processes, 1))
-        print(
-            json.dumps({"processes": processes, "predicted_seconds": seconds, "predicted_speedup": single / seconds})
-        )
+        assert costs is not None
+        print(json.dumps(predicted(costs, processes, max(layers, processes))))
 
 
 if __name__ == "__main__":
