@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUTPUT ?= runs/clm
 
-.PHONY: install test demo lint types clean
+.PHONY: install test demo lint types docs clean
 
 install: .venv/installed
 
@@ -25,6 +25,9 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf .venv runs build dist

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clm_data import DataArguments, blocks_of, load_text, train_tokenizer
-from compare import run
+from clm_data import DataArguments, load_text, train_tokenizer
 from task import CommonArguments, first, launch
 from transformers import (
     CONFIG_MAPPING,
@@ -35,6 +34,8 @@ from transformers import (
 )
 
 from hf_pc import PCConfig, PCTrainingArguments
+from hf_pc.comparison import run
+from hf_pc.text import blocks_of, choose_block_size
 
 #: where the defaults of the demonstration differ from those of TrainingArguments
 DEMO: dict[str, Any] = {
@@ -140,13 +141,6 @@ def load_model_and_tokenizer(args: ModelArguments, data: Any) -> tuple[Any, Any]
     return model, tokenizer
 
 
-def choose_block_size(asked: int | None, model: Any, tokenizer: Any) -> int:
-    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    if asked is not None and asked > positions:
-        raise ValueError(f"--block_size {asked} is over the {positions} positions of the model")
-    return asked or min(1024, positions)
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     model_args, data_args, args, pc_config = parse(sys.argv[1:] if argv is None else argv)
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
@@ -161,18 +155,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     options = {"train_dataset": train, "eval_dataset": valid, "data_collator": default_data_collator}
     text = data_args.dataset_name or data_args.train_file or "the Python language reference"
-    results, trainer = run(
+    results, _ = run(
         model, args, pc_config, options, compare_bp=model_args.compare_bp, processing_class=tokenizer,
-        card={"base_model": model_args.model_name_or_path, "dataset": Path(text).name},
+        card={"base_model": model_args.model_name_or_path, "dataset": Path(text).name,
+              "dataset_id": data_args.dataset_name},
     )  # fmt: skip
-    if args.push_to_hub and trainer.is_world_process_zero():
-        from huggingface_hub import HfApi
-
-        HfApi(token=args.hub_token).upload_folder(
-            repo_id=trainer.hub_model_id,
-            folder_path=args.output_dir,
-            ignore_patterns=["_*", "checkpoint-*", "training_args.bin"],
-        )
     return results
 
 

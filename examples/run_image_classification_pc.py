@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare import run
 from datasets import Dataset, DatasetDict, load_dataset
 from task import CommonArguments, TaskTrainingArguments, accuracy, class_labels, launch, parse
 from transformers import (
@@ -22,6 +21,8 @@ from transformers import (
     AutoModelForImageClassification,
     ViTConfig,
 )
+
+from hf_pc.comparison import run
 
 #: a small ViT for images of 8 x 8
 SMALL = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 64, "num_hidden_layers": 4,

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clm_data import DataArguments, blocks_of, load_text, train_tokenizer
-from compare import run
+from clm_data import DataArguments, load_text, train_tokenizer
 from task import SMALL_ENCODER, CommonArguments, TaskTrainingArguments, first, launch, parse
 from transformers import (
     AutoModelForMaskedLM,
@@ -21,6 +20,9 @@ from transformers import (
     BertConfig,
     DataCollatorForLanguageModeling,
 )
+
+from hf_pc.comparison import run
+from hf_pc.text import blocks_of
 
 
 @dataclass
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results, _ = run(
         model, training, pc_config, options, compare_bp=args.compare_bp, processing_class=tokenizer,
         card={"base_model": args.model_name_or_path, "dataset": Path(source).name,
-              "auto_class": "AutoModelForMaskedLM"},
+              "dataset_id": text.dataset_name, "auto_class": "AutoModelForMaskedLM"},
     )  # fmt: skip
     return results
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from clm_data import END, DataArguments, load_text
-from compare import run
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from standard_library import functions
 from task import CommonArguments, TaskTrainingArguments, at_least, first, launch, parse
@@ -28,6 +27,7 @@ from transformers import (
 )
 
 from hf_pc import PCSeq2SeqTrainer, PCSeq2SeqTrainingArguments
+from hf_pc.comparison import run
 from hf_pc.trainer import BackpropSeq2SeqTrainer
 
 #: small networks of each type, without dropout so that both sides see the same function

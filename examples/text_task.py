@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from clm_data import DataArguments, load_text, train_tokenizer
-from compare import run
 from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from standard_library import functions
 from task import SMALL_ENCODER, CommonArguments, TaskTrainingArguments, accuracy, at_least, class_labels, first
@@ -22,6 +21,7 @@ from transformers import (
 )
 
 from hf_pc import PCConfig
+from hf_pc.comparison import run
 
 
 @dataclass

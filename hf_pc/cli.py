@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from safetensors import SafetensorError
 
-from hf_pc.commands import card, doctor, nodes, plot
+from hf_pc.commands import card, compare, doctor, nodes, plot
+from hf_pc.trainer import NonFiniteEnergyError
 
-COMMANDS: dict[str, Any] = {"nodes": nodes, "doctor": doctor, "plot": plot, "card": card}
-#: exit status where an argument is wrong, or what it names is not there
-WRONG = 2
+COMMANDS: dict[str, Any] = {"nodes": nodes, "doctor": doctor, "compare": compare, "plot": plot, "card": card}
+#: exit status where a check failed or training diverged; where an argument is wrong, or what it names is not there;
+#: and where the user stopped it, as shells have it
+FAILED, WRONG, STOPPED = 1, 2, 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -29,21 +32,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _finite(found: Any) -> Any:
+    """The same with null for numbers that JSON does not know: not-a-number, infinities."""
+    if isinstance(found, dict):
+        return {name: _finite(value) for name, value in found.items()}
+    if isinstance(found, list):
+        return [_finite(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0; 1 where a check failed; 2 where an argument is wrong or what it names is not there."""
+    """Exit status 0, or one of FAILED, WRONG and STOPPED with one line on standard error."""
     args = _parser().parse_args(argv)
     command = COMMANDS[args.command]
     try:
         found = command.run(args)
+    except KeyboardInterrupt:
+        print("hf-pc: stopped", file=sys.stderr)
+        return STOPPED
+    except NonFiniteEnergyError as error:
+        print(f"hf-pc: {error}", file=sys.stderr)
+        return FAILED
     except (ValueError, TypeError, AttributeError, OSError, RuntimeError, LookupError, SafetensorError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         print(f"hf-pc: {lines[0]}", file=sys.stderr)
         return WRONG
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(_finite(found)))
     else:
         command.show(found, args)
-    return int(getattr(command, "failed", lambda found: False)(found))
+    return FAILED if getattr(command, "failed", lambda found: False)(found) else 0
 
 
 if __name__ == "__main__":

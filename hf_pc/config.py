@@ -119,6 +119,7 @@ class PCConfig:
         tolerance: residual under which a sequence is at rest and moves no more (with step "auto"); the relaxation
             ends once all are. 0 never stops early.
         dropout: "replay" (each sweep of a step sees the same mask) or "off" (no dropout while training by PC).
+        compile: `torch.compile` the forward of each node's module; not with attention logits or nodes inside nodes.
 
     Raises:
         ValueError: an unknown name, an impossible combination or a value out of range; the message names the

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -474,20 +473,20 @@ class PCModel:
             pc.load_state_dict(found)
         return pc
 
-    def push_to_hub(
-        self, repo_id: str, *, commit_message: str = "Upload model", private: bool | None = None,
-        token: str | None = None, revision: str | None = None,
-    ) -> Any:  # fmt: skip
-        """Create the repository if needed and upload the model with `pc_config.json`; returns the commit's info."""
-        from huggingface_hub import HfApi
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Create the repository if needed and upload model, `pc_config.json` and card in one commit; see `hf_pc.hub`.
 
-        api = HfApi(token=token)
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return api.upload_folder(
-                repo_id=repo.repo_id, folder_path=folder, commit_message=commit_message, revision=revision
-            )
+        Args:
+            options: commit_message, private, token, revision (a branch).
+
+        Raises:
+            ConnectionError: the connection was lost; nothing is half done, and a second call does the rest.
+            PermissionError: the token may not write there.
+            FileNotFoundError: the repository has no such branch.
+        """
+        from hf_pc.hub import push
+
+        return push(self, repo_id, self.save_pretrained, **options)
 
 
 class _NothingToRelax(Exception):  # noqa: N818

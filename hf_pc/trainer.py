@@ -22,6 +22,7 @@ from hf_pc.callbacks import NonFiniteGuard, SteeringCallback
 from hf_pc.checkpoints import CheckpointMixin
 from hf_pc.config import PCConfig
 from hf_pc.diagnostics.curvature import largest_curvature
+from hf_pc.heatmap import EnergyHeatmap
 from hf_pc.model import PCModel
 from hf_pc.placement import resolve
 from hf_pc.processes import gathered, is_sharded, naming_the_lost, reducing
@@ -69,7 +70,7 @@ class PCTrainerMixin(CheckpointMixin, TokenLossMixin):
 
     Args:
         pc_config: how to relax, a PCConfig or its dictionary; None takes the defaults.
-        args, kwargs: the Trainer's own.
+        args: the Trainer's own, as kwargs are.
 
     Raises:
         ValueError: the configuration does not fit the model, or the Trainer's arguments ask for something that
@@ -95,6 +96,7 @@ class PCTrainerMixin(CheckpointMixin, TokenLossMixin):
         patience = getattr(self.args, "nonfinite_patience", PCTrainingArguments.nonfinite_patience)
         self.add_callback(SteeringCallback(self))
         self.add_callback(NonFiniteGuard(self, patience))
+        self.add_callback(EnergyHeatmap(self))
 
     def _check(self, model: Any, args: TrainingArguments | None, kwargs: Mapping[str, Any]) -> None:
         super()._check(model, args, kwargs)

@@ -1,5 +1,5 @@
 """A stand-in for the Hub's HTTP interface, for the real huggingface_hub client: repositories in memory, commits,
-branches, private repositories with a token."""
+branches, private repositories with a token, and connections that are lost when they are asked to be."""
 
 from __future__ import annotations
 
@@ -54,6 +54,10 @@ class Hub:
 
     def __init__(self, port: int = 0) -> None:
         self.repos: dict[str, Repo] = {}
+        #: by the name of an action in ROUTES, at how many of its next calls the connection is lost: "before" the
+        #: server has done anything, or "after" it is done and only the answer is lost
+        self.lost: dict[tuple[str, str], int] = {}
+        self.calls: list[str] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -69,6 +73,7 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    _cut = False
 
     def log_message(self, *_: Any) -> None:
         """Stay silent."""
@@ -88,11 +93,24 @@ class _Handler(BaseHTTPRequestHandler):
         for verb, pattern, action in ROUTES:
             found = re.fullmatch(pattern, path)
             if found and verb == ("GET" if method == "HEAD" else method):
+                self.hub.calls.append(action)
+                if self._loses(action, "before"):
+                    return
+                self._cut = self._loses(action, "after")
                 getattr(self, action)(*found.groups(), *([body] if method == "POST" else []))
                 return
         self._json({"error": f"no route for {method} {path}"}, 404)
 
+    def _loses(self, action: str, when: str) -> bool:
+        left = self.hub.lost.get((action, when), 0)
+        if left:
+            self.hub.lost[action, when] = left - 1
+            self.close_connection = True
+        return bool(left)
+
     def _answer(self, content: bytes, status: int = 200, **headers: str) -> None:
+        if self._cut:
+            return
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -120,6 +138,11 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._authorised:
             self._json({"error": "a token is needed to write"}, 401)
         return not self._authorised
+
+    def lose(self, action: str, when: str, count: str, body: bytes) -> None:
+        """No call of the Hub's: how a test that runs in another process asks for lost connections."""
+        self.hub.lost[action, when] = int(count)
+        self._json({})
 
     def whoami(self) -> None:
         if not self._refused():
@@ -206,6 +229,7 @@ def _oid(content: bytes) -> str:
 
 _NAME, _REVISION = r"([^/]+/[^/]+)", r"([^/]+)"
 ROUTES = [
+    ("POST", "/lose/(.+)/(.+)/(.+)", "lose"),
     ("GET", "/api/whoami-v2", "whoami"),
     ("POST", "/api/validate-yaml", "validate"),
     ("POST", "/api/repos/create", "create"),

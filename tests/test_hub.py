@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import TOKEN, Hub
+from huggingface_hub import ModelCard
 
 ROOT = Path(__file__).parents[1]
 SMALL = "n_layer=2,n_embd=16,n_head=2,n_positions=32"
@@ -41,16 +42,25 @@ def python(hub: Hub, tmp_path: Path) -> Run:
 
 
 @pytest.fixture
-def example(python: Run, tmp_path: Path) -> Run:
-    """Runs run_clm_pc.py on a small text, pushing to user/tiny."""
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"line {i}: the square of {i} is {i * i}." for i in range(200)) + "\n")
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(f"line {i}: the square of {i} is {i * i}." for i in range(200)) + "\n")
+    return path
 
-    def run(*flags: str) -> subprocess.CompletedProcess[str]:
-        settings = ["--train_file", str(text), "--block_size", "32", "--config_overrides", SMALL, "--max_steps", "4",
-                    "--output_dir", str(tmp_path / "out"), "--report_to", "none", "--use_cpu"]  # fmt: skip
+
+def flags(text: Path, out: Path) -> list[str]:
+    """Of run_clm_pc.py, for a run of seconds."""
+    return ["--train_file", str(text), "--block_size", "32", "--config_overrides", SMALL, "--max_steps", "4",
+            "--output_dir", str(out), "--report_to", "none", "--use_cpu"]  # fmt: skip
+
+
+@pytest.fixture
+def example(python: Run, text: Path, tmp_path: Path) -> Run:
+    """Runs run_clm_pc.py on a small text, pushing to user/tiny."""
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
         pushing = ["--push_to_hub", "--hub_model_id", "user/tiny"]
-        return python(str(ROOT / "examples" / "run_clm_pc.py"), *settings, *pushing, *flags)
+        return python(str(ROOT / "examples" / "run_clm_pc.py"), *flags(text, tmp_path / "out"), *pushing, *more)
 
     return run
 
@@ -109,3 +119,151 @@ def test_pcmodel_push_and_revision(hub: Hub, python: Run) -> None:
     refused = python("-c", load.format("main"), token=None)
     assert refused.returncode != 0
     assert "user/secret" in refused.stderr
+
+
+#: pushes of one process, each of which says how it ended; `lose` asks the stand-in for lost connections
+PUSH = """
+import os, time, urllib.request
+time.sleep = lambda seconds: None  # the client waits between its attempts
+from huggingface_hub import HfApi
+from transformers import GPT2Config, GPT2LMHeadModel
+from hf_pc import PCConfig, PCModel
+
+def lose(action, when, count):
+    url = f"{os.environ['HF_ENDPOINT']}/lose/{action}/{when}/{count}"
+    urllib.request.urlopen(urllib.request.Request(url, method="POST"))
+
+def attempt(call, *args, **given):
+    try:
+        call(*args, **given)
+    except Exception as error:
+        print(type(error).__name__, str(error).splitlines()[0])
+    else:
+        print("done")
+
+size = dict(n_layer=2, n_embd=16, n_head=2, n_positions=32, vocab_size=64, bos_token_id=0, eos_token_id=0)
+pc = PCModel(GPT2LMHeadModel(GPT2Config(**size)), PCConfig(sweeps=2))
+"""
+WHOLE = {"model.safetensors", "config.json", "pc_config.json", "README.md"}
+
+
+def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_connection_lost_in_a_push(hub: Hub, python: Run) -> None:
+    """What is lost for good is one clear error, after which the repository holds the whole commit or nothing of it,
+    the model is what it was, and the next push succeeds. What is lost once is tried again by the client."""
+    code = """
+before = {name: value.clone() for name, value in pc.model.state_dict().items()}
+for action, when, count in (("create", "before", 99), ("commit", "before", 99), ("commit", "after", 99),
+                            ("commit", "before", 1)):
+    repo = f"user/{action}-{when}-{count}"
+    lose(action, when, count)
+    attempt(pc.push_to_hub, repo)
+    lose(action, when, 0)
+    print(*(HfApi().list_repo_files(repo) if HfApi().repo_exists(repo) else []))
+    attempt(pc.push_to_hub, repo)
+assert all(value.equal(before[name]) for name, value in pc.model.state_dict().items())
+assert len(pc.nodes) == 2
+"""
+    found = lines(python("-c", PUSH + code))
+    for kind, lost, held, again in zip(("none", "none", "whole"), found[::3], found[1::3], found[2::3], strict=False):
+        assert lost.startswith("ConnectionError the connection was lost while pushing to user/")
+        assert lost.endswith("push again")
+        assert set(held.split()) >= WHOLE if kind == "whole" else not held
+        assert again == "done"
+    assert found[9] == "done"
+    assert set(found[10].split()) >= WHOLE
+    assert all(set(repo.files("main") or {}) >= WHOLE for repo in hub.repos.values())
+    assert len(hub.repos) == 4
+
+
+def test_a_training_run_whose_push_is_lost(hub: Hub, python: Run, text: Path, tmp_path: Path) -> None:
+    """The checkpoint on disk is whole when the pushes of a run fail, and can be pushed later."""
+    out, example = tmp_path / "out", ROOT / "examples" / "run_clm_pc.py"
+    argv = [str(example), *flags(text, out), "--push_to_hub", "--hub_model_id", "user/tiny", "--no_compare_bp"]
+    code = f"""
+import runpy, sys
+sys.path.insert(0, {str(example.parent)!r})
+sys.argv = {argv!r}
+lose("commit", "before", 99)
+attempt(runpy.run_path, sys.argv[0], run_name="__main__")
+lose("commit", "before", 0)
+attempt(HfApi().upload_folder, repo_id="user/tiny", folder_path={str(out)!r})
+"""
+    found = [line for line in lines(python("-c", PUSH + code)) if line.startswith(("done", "R", "C"))]
+    assert len(found) == 2
+    assert found[0].startswith("ConnectionError the connection was lost while pushing to user/tiny")
+    assert found[1] == "done"
+    files = hub.repos["user/tiny"].files("main") or {}
+    assert set(files) >= WHOLE | {"all_results.json", "learning.png", "tokenizer.json"}
+    assert all(files[path.name] == path.read_bytes() for path in out.iterdir() if path.is_file())
+
+
+def test_what_is_refused(hub: Hub, python: Run) -> None:
+    """Pushes with a wrong token, with none, to no branch; loads of no repository, no revision, a private repository
+    without its token: each is named, with what would do."""
+    code = f"""
+attempt(pc.push_to_hub, "user/tiny", token="hf_wrong")
+attempt(pc.push_to_hub, "user/tiny")
+attempt(pc.push_to_hub, "user/tiny", token={TOKEN!r}, private=True)
+attempt(pc.push_to_hub, "user/tiny", token={TOKEN!r}, revision="v9")
+attempt(PCModel.from_pretrained, "user/none", token={TOKEN!r})
+attempt(PCModel.from_pretrained, "user/tiny", token={TOKEN!r}, revision="v9")
+attempt(PCModel.from_pretrained, "user/tiny", token="hf_wrong")
+attempt(PCModel.from_pretrained, "user/tiny", token={TOKEN!r})
+"""
+    wrong, none, right, branch, repo, revision, token, loaded = lines(python("-c", PUSH + code, token=None))
+    assert wrong.startswith("PermissionError user/tiny cannot be written to with this token: give a token=")
+    assert none.startswith("PermissionError user/tiny cannot be written to with the token of this machine, if any")
+    assert branch.startswith("FileNotFoundError revision='v9': user/tiny has no such branch")
+    assert repo.startswith("OSError user/none is not a local folder")
+    assert revision.startswith("OSError v9 is not a valid git identifier")
+    assert token.startswith("OSError user/tiny is not a local folder")
+    assert right == loaded == "done"
+
+
+def test_an_adapter_and_the_cards_of_pushes(hub: Hub, python: Run) -> None:
+    """A push leaves a card with tags, settings and how to load it, and keeps one that is there. An adapter goes up
+    without its base model and gives the same logits through PCModel and, with no hf_pc to import, plain PEFT."""
+    code = """
+import torch
+from peft import LoraConfig, get_peft_model
+pc.push_to_hub("user/base")
+pc.detach()
+base = GPT2LMHeadModel.from_pretrained("user/base")
+config = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+pc = PCModel(get_peft_model(base, config), PCConfig(sweeps=2))
+pc.push_to_hub("user/adapter")
+loaded = PCModel.from_pretrained("user/adapter")
+assert len(loaded.nodes) == 2
+for model in (pc.model, loaded.model):
+    print(model.eval()(input_ids=torch.arange(8)[None]).logits.sum().item())
+HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="README.md", repo_id="user/adapter")
+pc.push_to_hub("user/adapter")
+"""
+    plain = """
+import sys, torch; sys.modules["hf_pc"] = None
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained("user/adapter").eval()
+print(model(input_ids=torch.arange(8)[None]).logits.sum().item())
+"""
+    logits = [float(line) for line in lines(python("-c", PUSH + code)) + lines(python("-c", plain))]
+    assert logits == pytest.approx([logits[0]] * 3, rel=1e-5)
+    card = ModelCard((hub.repos["user/base"].files("main") or {})["README.md"].decode())
+    assert card.data.library_name == "transformers"
+    assert card.data.tags == ["predictive-coding", "hf-pc"]
+    assert card.data.pipeline_tag == "text-generation"
+    assert 'AutoModelForCausalLM.from_pretrained("PATH_OR_REPOSITORY")' in card.text
+    assert '"sweeps": 2' in card.text
+    repo = hub.repos["user/adapter"]
+    first = next(files for files in repo.commits.values() if files)
+    assert {"adapter_model.safetensors", "adapter_config.json", "pc_config.json", "README.md"} <= set(first)
+    assert "model.safetensors" not in first
+    adapted = ModelCard(first["README.md"].decode())
+    assert adapted.data.library_name == "peft"
+    assert adapted.data.base_model == "user/base"
+    assert {"predictive-coding", "hf-pc"} <= set(adapted.data.tags or [])
+    assert (repo.files("main") or {})["README.md"] == b"mine"

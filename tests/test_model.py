@@ -80,7 +80,7 @@ def test_from_pretrained_restores_the_nodes(tmp_path: Path) -> None:
 
 
 def test_push_uploads_model_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """push_to_hub creates the repository and uploads weights, config.json and pc_config.json in one commit."""
+    """push_to_hub creates the repository and uploads weights, config.json, pc_config.json and card in one commit."""
     seen: dict[str, Any] = {}
 
     class Api:
@@ -90,15 +90,18 @@ def test_push_uploads_model_and_configuration(monkeypatch: pytest.MonkeyPatch) -
         def create_repo(self, repo_id: str, **kwargs: Any) -> SimpleNamespace:
             return SimpleNamespace(repo_id=repo_id)
 
+        def file_exists(self, repo_id: str, name: str, revision: str | None) -> bool:
+            return False
+
         def upload_folder(self, folder_path: str, **kwargs: Any) -> str:
             seen.update(kwargs, files={path.name for path in Path(folder_path).iterdir()})
             return "commit"
 
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("hf_pc.hub.HfApi", Api)
     assert PCModel(make("gpt2"), PCConfig()).push_to_hub("user/model", token="t") == "commit"
     assert seen["repo_id"] == "user/model"
     assert seen["token"] == "t"
-    assert {"model.safetensors", "config.json", "pc_config.json"} <= seen["files"]
+    assert {"model.safetensors", "config.json", "pc_config.json", "README.md"} <= seen["files"]
 
 
 def test_attached_models_are_noticed_by_their_parts() -> None:

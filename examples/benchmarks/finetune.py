@@ -21,7 +21,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from compare import mean
 from datasets import DatasetDict
 from language import chosen, positive
 from regimes import methods
@@ -29,6 +28,7 @@ from text_task import TextArguments, load, model_of, options, tokenizer_of
 from transformers import set_seed
 
 from hf_pc import PCConfig, PCTrainer, PCTrainingArguments
+from hf_pc.comparison import mean
 from hf_pc.relaxation import regime
 from hf_pc.trainer import BackpropTrainer
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hf_pc.commands.loading import add_model_arguments, auto_class, random_batch, refuse_adapter, without_weights
+from hf_pc.commands.waiting import stages
 from hf_pc.config import PCConfig
 from hf_pc.diagnostics import compare_with_backprop, largest_curvature
 from hf_pc.model import PCModel
@@ -43,18 +44,24 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)} is not allowed: at least {least} is needed")
     config = PCConfig(nodes=args.nodes, sweeps=args.sweeps, relaxed_fraction=args.relaxed_fraction)
-    model = _load(args).eval()
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if model.main_input_name != "pixel_values" and positions and args.sequence > positions:
-        raise ValueError(f"--sequence {args.sequence} is over the {positions} positions of the model")
-    batch = random_batch(model, args.batch, args.sequence)
-    rows = [_nodes(model, config), _one_sweep(model, config, batch)]
-    pc = PCModel(model, config)
-    try:
-        rows += [_relaxation(pc, batch), _curvature(pc, batch), _time(pc, batch), _memory(pc, batch)]
-    finally:
-        pc.detach()
-    return rows + _presets(model, config, batch) + _warnings(model)
+    with stages(7) as begin:
+        begin("loading the model")
+        model = _load(args).eval()
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if model.main_input_name != "pixel_values" and positions and args.sequence > positions:
+            raise ValueError(f"--sequence {args.sequence} is over the {positions} positions of the model")
+        batch = random_batch(model, args.batch, args.sequence)
+        begin("gradients at T = 1")
+        rows = [_nodes(model, config), _one_sweep(model, config, batch)]
+        pc = PCModel(model, config)
+        try:
+            for check in (_relaxation, _curvature, _time, _memory):
+                begin(check.__name__.strip("_"))
+                rows.append(check(pc, batch))
+        finally:
+            pc.detach()
+        begin("other nodes")
+        return rows + _presets(model, config, batch) + _warnings(model)
 
 
 def failed(rows: list[dict[str, Any]]) -> bool:

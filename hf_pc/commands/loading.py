@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, any_class: bool = True) -> None:
     parser.add_argument("model", help="a folder or a Hub repository")
     parser.add_argument("--nodes", default="block", help="preset or pattern, several separated by commas")
-    parser.add_argument("--auto_class", default="AutoModelForCausalLM", help="class of transformers to build")
+    if any_class:
+        parser.add_argument("--auto_class", default="AutoModelForCausalLM", help="class of transformers to build")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
 
 

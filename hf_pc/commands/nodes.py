@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_pc.attention import AttentionNodes
 from hf_pc.commands.loading import add_model_arguments, smallest_input, without_weights
+from hf_pc.commands.waiting import stages
 from hf_pc.config import PCConfig
 from hf_pc.energies import ENERGIES
 from hf_pc.node import Node
@@ -68,10 +69,13 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per node: name, module, shape per token, energy, precision."""
     strengths = {name: getattr(args, name) for name in STRENGTHS}
     config = PCConfig(nodes=args.nodes, energy=args.energy, attention_energy=args.attention_energy, **strengths)
-    model = without_weights(args)
-    nodes = resolve(model, config)
-    attention = AttentionNodes(model, config.attention_energy) if config.attention_energy else None
-    shapes = _shapes(model, nodes, attention)
+    with stages(2) as begin:
+        begin("building the model without weights")
+        model = without_weights(args)
+        nodes = resolve(model, config)
+        attention = AttentionNodes(model, config.attention_energy) if config.attention_energy else None
+        begin("shapes")
+        shapes = _shapes(model, nodes, attention)
     nodes += attention.nodes.values() if attention else []
     return [
         {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_pc.commands.runs import history
+from hf_pc.commands.waiting import stages
 from hf_pc.diagnostics.plots import plot_history
 from hf_pc.relaxation import regime
 
@@ -21,11 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    entries = history(args.run)
     output = args.output or args.run / "plot.png"
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"--output {output}: there is no folder {output.parent}")
-    found: dict[str, Any] = {"figure": str(plot_history(output, entries)), "steps": entries[-1]["step"]}
+    with stages(2) as begin:
+        begin("reading the log")
+        entries = history(args.run)
+        if not output.parent.is_dir():
+            raise FileNotFoundError(f"--output {output}: there is no folder {output.parent}")
+        begin("drawing")
+        found: dict[str, Any] = {"figure": str(plot_history(output, entries)), "steps": entries[-1]["step"]}
     for name in ("loss", "eval_loss"):
         values = [entry[name] for entry in entries if name in entry]
         if values:

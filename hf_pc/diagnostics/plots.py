@@ -51,23 +51,24 @@ def plot_run(path: Path, histories: Mapping[str, History], pc: str = "PC") -> Pa
     return path
 
 
-def plot_history(path: Path, history: History) -> Path:
-    """Write a PNG of one run: its curves, the energy of every node over time as a heat map, and its regime.
-
-    Args:
-        path: the PNG to write.
-        history: `trainer.state.log_history`.
-    """
+def energy_image(history: History) -> Any:
+    """The heat map of a run's energies as pixels, [height, width, 3], 8 bits each."""
     import numpy as np
-    from matplotlib.colors import LogNorm
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
-    curves, heat, regimes = figure.subplots(1, 3)
-    curves.plot(*_series(history, "loss"), alpha=0.5, label="training")
-    curves.plot(*_series(history, "eval_loss"), marker="o", markersize=4, label="validation")
-    curves.set(xlabel="optimiser step", ylabel="nats per label", title="Loss of a plain forward pass")
-    curves.legend()
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    _heat(figure, figure.subplots(), history)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _heat(figure: Any, axes: Any, history: History) -> None:
+    """The energy of every node over time: a row for each, colours in nats per label on a scale of powers."""
+    import numpy as np
+    from matplotlib.colors import LogNorm
+
     labels = list(dict.fromkeys(key for entry in history for key in entry if key.startswith("energy/")))
     nodes = [label for label in labels if label != "energy/output"]
     rows = [entry for entry in history if nodes and nodes[0] in entry]
@@ -75,12 +76,30 @@ def plot_history(path: Path, history: History) -> Path:
         table = np.array([[max(float(row.get(node, 0.0)), 0.0) for row in rows] for node in nodes])
         positive = table[table > 0]
         norm = LogNorm(max(positive.min(), positive.max() * 1e-6), positive.max()) if positive.size else None
-        edges = np.array([row["step"] for row in rows], dtype=float)
-        shown = heat.pcolormesh(edges, np.arange(len(nodes)), np.where(table > 0, table, np.nan), norm=norm)
-        figure.colorbar(shown, ax=heat, label="nats per label")
+        steps = np.array([row["step"] for row in rows], dtype=float)
+        shown = axes.pcolormesh(steps, np.arange(len(nodes)), np.where(table > 0, table, np.nan), norm=norm)
+        figure.colorbar(shown, ax=axes, label="nats per label")
         if len(nodes) <= 16:
-            heat.set_yticks(range(len(nodes)), [node.removeprefix("energy/") for node in nodes], fontsize="small")
-    heat.set(xlabel="optimiser step", title="Energy of every node, input side at the bottom")
+            axes.set_yticks(range(len(nodes)), [node.removeprefix("energy/") for node in nodes], fontsize="small")
+    axes.set(xlabel="optimiser step", title="Energy of every node, input side at the bottom")
+
+
+def plot_history(path: Path, history: History) -> Path:
+    """Write a PNG of one run: its curves, the energy of every node over time as a heat map, and its regime.
+
+    Args:
+        path: the PNG to write.
+        history: `trainer.state.log_history`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    curves, heat, regimes = figure.subplots(1, 3)
+    curves.plot(*_series(history, "loss"), alpha=0.5, label="training")
+    curves.plot(*_series(history, "eval_loss"), marker="o", markersize=4, label="validation")
+    curves.set(xlabel="optimiser step", ylabel="nats per label", title="Loss of a plain forward pass")
+    curves.legend()
+    _heat(figure, heat, history)
     for name, color in (("relaxed_fraction", "C0"), ("residual", "C3")):
         regimes.plot(*_series(history, name), color=color, label=name)
     regimes.axhline(0.02, color="C0", linestyle=":", label="backprop-like below")
@@ -88,8 +107,8 @@ def plot_history(path: Path, history: History) -> Path:
     regimes.set(xlabel="optimiser step", title="Regime")
     if any(value > 0 for name in ("relaxed_fraction", "residual") for value in _series(history, name)[1]):
         regimes.set_yscale("log")
-    regimes.legend(fontsize="small")
+    regimes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False)
     for axes in (curves, regimes):
         axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=130)
     return path

@@ -16,7 +16,7 @@ plane above its last, whose slope is the signal from above.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ from hf_pc.distributed.partition import balanced, check_counts
 from hf_pc.distributed.stage import Stage
 from hf_pc.distributed.weights import Shared, clip_grad_norm, gathered
 from hf_pc.energies import wide
+from hf_pc.hub import push
 from hf_pc.model import PCModel
 from hf_pc.node import LEARN, Boundary, Node
 from hf_pc.output import base_model, routes
 from hf_pc.placement import blocks
 from hf_pc.processes import at_once, process_count, same_everywhere
+from hf_pc.processes import gathered as every_process
 from hf_pc.report import RelaxationOutput
 from hf_pc.reuse import FirstPrediction
 from hf_pc.solvers import SOLVERS
@@ -232,16 +234,37 @@ class SplitPCModel(PCModel):
 
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write the whole model from process 0, as `PCModel.save_pretrained`; called by every process."""
-        state = gathered(self.stage, self.neighbours)
-        failure = None
-        if self.stage.first:
+        self._from_first(lambda state: self._write(Path(folder), state, kwargs))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload the whole model from process 0, as `PCModel.push_to_hub`; called by every process, returns there."""
+
+        def upload(state: dict[str, Tensor]) -> Any:
+            return push(self, repo_id, lambda folder: self._write(Path(folder), state, {}), **options)
+
+        return self._from_first(upload)
+
+    def _write(self, folder: Path, state: dict[str, Tensor], kwargs: dict[str, Any]) -> None:
+        if folder.is_file():
+            raise FileExistsError(f"{folder} is a file: a folder is needed")
+        self.model.save_pretrained(folder, state_dict=state, **kwargs)  # type: ignore[operator]
+        self.config.save_pretrained(folder)
+        self.save_state(folder)
+
+    def _from_first(self, do: Callable[[dict[str, Tensor]], Any]) -> Any:
+        """Let process 0 do something with the whole state_dict; where it fails every process raises."""
+        state, result, error = gathered(self.stage, self.neighbours), None, None
+        if state is not None:
             try:
-                self.model.save_pretrained(folder, state_dict=state, **kwargs)  # type: ignore[operator]
-                self.config.save_pretrained(folder)
-                self.save_state(Path(folder))
-            except (OSError, ValueError, RuntimeError) as error:
-                failure = f"{folder} could not be written: {error}"
-        at_once(failure)
+                result = do(state)
+            except (OSError, ValueError, RuntimeError) as caught:
+                error = caught
+        failures = every_process(error and f"process 0 failed: {error}")
+        if error is not None:
+            raise error
+        if failures[0]:
+            raise RuntimeError(failures[0])
+        return result
 
 
 def _check_config(config: PCConfig) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
-from hf_pc import PCTrainer
 from hf_pc.cards import write_card
 from hf_pc.diagnostics.plots import plot_run
+from hf_pc.hub import push_run
+from hf_pc.provenance import command
 from hf_pc.relaxation import regime
-from hf_pc.trainer import BackpropTrainer
+from hf_pc.trainer import BackpropTrainer, PCTrainer
 
 History = list[dict[str, Any]]
 
@@ -44,9 +45,28 @@ class StepTimer(TrainerCallback):
         return statistics.median(self.seconds[1:] or self.seconds)
 
 
+class BarTitle(TrainerCallback):
+    """Says on the progress bar of a trainer which side it trains."""
+
+    def __init__(self, trainer: Any, title: str) -> None:
+        self._trainer, self._title = trainer, title
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for callback in self._trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.set_description(self._title)
+
+
 def mean(history: History, name: str) -> float:
     values = [entry[name] for entry in history if name in entry]
     return statistics.fmean(values) if values else float("nan")
+
+
+def last_energies(history: History) -> dict[str, float]:
+    """The energy of every node in the last log that has any, nats per label; empty where none has."""
+    found = ({name.removeprefix("energy/"): value for name, value in entry.items() if name.startswith("energy/")}
+             for entry in reversed(history))  # fmt: skip
+    return next((energies for energies in found if energies), {})
 
 
 def _figures(side: str, metrics: dict[str, float]) -> dict[str, float]:
@@ -62,14 +82,18 @@ def train_pc(trainer: Any, timer: StepTimer) -> tuple[dict[str, Any], History]:
     results: dict[str, Any] = {}
     history: History = []
     if args.do_train:
+        trainer.add_callback(BarTitle(trainer, "PC"))
         resume: Any = args.resume_from_checkpoint
         trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+        pushes, args.push_to_hub = args.push_to_hub, False  # later, with figures and card
         trainer.save_model()
+        args.push_to_hub = pushes
         trainer.save_state()
         history = trainer.state.log_history
         results |= {"pc_step_seconds": timer.median, "relaxed_fraction": mean(history, "relaxed_fraction")}
         results["residual"] = mean(history, "residual")
         results["regime"] = regime(results["relaxed_fraction"], results["residual"])
+        results["energies"] = last_energies(history)
     if args.do_eval:
         results |= _figures("pc", trainer.evaluate())
     return results, history
@@ -92,6 +116,7 @@ def train_backprop(
         args.save_strategy = "no"
     timer = StepTimer()
     baseline = build(args, timer)
+    baseline.add_callback(BarTitle(baseline, "backprop"))
     baseline.train()
     results: dict[str, Any] = _figures("bp", baseline.evaluate()) if args.do_eval else {}
     if trainer.is_world_process_zero():
@@ -102,14 +127,15 @@ def train_backprop(
 
 def run(
     model: Any, args: Any, pc_config: Any, options: dict[str, Any], *, compare_bp: bool, card: dict[str, Any],
-    processing_class: Any = None, trainers: tuple[Any, Any] = (PCTrainer, BackpropTrainer),
+    processing_class: Any = None, trainers: tuple[Any, Any] = (PCTrainer, BackpropTrainer), table: bool = True,
 ) -> tuple[dict[str, Any], Any]:  # fmt: skip
-    """Train and evaluate by PC, as the arguments say, and by backprop; write figures, picture and card.
+    """Train and evaluate by PC, as the arguments say, and by backprop; write figures, picture and card; push them.
 
     Args:
         options: what both trainers take: data sets, collator, metrics.
         card: what `write_card` takes beside figures and settings.
         trainers: the classes for PC and for backprop.
+        table: print the figures.
 
     Returns:
         The figures, and the PC trainer.
@@ -133,24 +159,30 @@ def run(
             results |= found
     if trainer.is_world_process_zero():
         folder = Path(args.output_dir)
+        if (made_by := command()) is not None:
+            results["command"] = made_by
         finish(folder, results, histories)
+        if table:
+            show(results)
         if histories and "pc_eval_loss" in results:
             write_card(folder, trainer.pc_config, results, model_name=folder.name, **card)
+        if args.push_to_hub and args.do_train:
+            push_run(folder, trainer.hub_model_id, args.hub_token)
     return results, trainer
 
 
 def finish(folder: Path, results: dict[str, Any], histories: dict[str, History]) -> None:
-    """Write all_results.json and learning.png, and print the table."""
+    """Write all_results.json and learning.png."""
     if "bp_step_seconds" in results:
         results["step_time_ratio"] = results["pc_step_seconds"] / results["bp_step_seconds"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if histories:
         plot_run(folder / "learning.png", histories)
-    show(results)
 
 
 def show(results: dict[str, Any]) -> None:
+    """Print the table."""
     table = Table(title="Predictive coding and backprop: same initial weights, batches and optimiser")
     table.add_column("")
     sides = ["pc"] + (["bp"] if "bp_step_seconds" in results else [])

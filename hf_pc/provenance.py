@@ -1,0 +1,53 @@
+"""The command that made a run, fit to be published: no secrets, no folders of the machine it ran on."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+#: flags whose value is nobody else's business
+_SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
+
+
+def _public(argument: str) -> str:
+    flag, equals, value = argument.partition("=")
+    if equals and flag.startswith("-"):
+        return f"{flag}={_public(value)}"
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
+def _script(path: Path) -> list[str]:
+    if path.suffix != ".py":
+        return [path.name]
+    try:
+        return ["python", path.resolve().relative_to(Path.cwd()).as_posix()]
+    except ValueError:
+        return ["python", path.name]
+
+
+def command(argv: Sequence[str] | None = None) -> str | None:
+    """One line of shell: the process's own command, or `argv`. None where it is neither a script nor `hf-pc`.
+
+    The value of a flag such as --hub_token is left out, and of an absolute path only its last part is shown.
+    """
+    given = list(sys.argv if argv is None else argv)
+    name = Path(given[0]).name if given else ""
+    if name == "__main__.py" or not (name.endswith(".py") or name == "hf-pc"):
+        return None
+    shown, hidden = _script(Path(given[0])), False
+    for argument in given[1:]:
+        flag = argument.partition("=")[0] if argument.startswith("-") else ""
+        if hidden and not flag:
+            shown.append("...")
+            hidden = False
+            continue
+        hidden = bool(_SECRET.search(flag)) and "tokenizer" not in flag
+        if hidden and "=" in argument:
+            shown.append(f"{flag}=...")
+            hidden = False
+        else:
+            shown.append(_public(argument))
+    return shlex.join(shown).replace("'...'", "...")
