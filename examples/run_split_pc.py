@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from clm_data import DataArguments, blocks_of, load_text
-from run_clm_pc import ModelArguments, choose_block_size, load_model_and_tokenizer
+from clm_data import DataArguments, load_text
+from run_clm_pc import ModelArguments, load_model_and_tokenizer
 from task import at_least, launch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -29,6 +29,7 @@ from transformers import HfArgumentParser, default_data_collator, get_scheduler,
 
 from hf_pc import PCConfig
 from hf_pc.distributed import SplitPCModel
+from hf_pc.text import blocks_of, choose_block_size
 
 
 @dataclass

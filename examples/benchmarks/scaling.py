@@ -107,7 +107,7 @@ def timed(args: argparse.Namespace) -> None:
 
 
 def measured_memory(args: argparse.Namespace) -> None:
-    """In every process: peak bytes of two steps and AdamW's, over what there was before the model."""
+    """Peak bytes of two steps and AdamW's in every process, over what there was before the model; a line from 0."""
     small = argparse.Namespace(**{**vars(args), "layers": 2, "hidden": 64})
     model, inputs = build(small, CPU)  # what libraries keep for themselves is there before it counts
     step(PCModel(model, configured(args)), inputs)
@@ -122,11 +122,14 @@ def measured_memory(args: argparse.Namespace) -> None:
     for _ in range(2):
         step(pc, inputs)
         optimizer.step()
-    print("LINE" + json.dumps(peak_bytes(CPU) - before), flush=True)
+    peaks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(peaks, peak_bytes(CPU) - before)
+    if dist.get_rank() == 0:
+        print("LINE" + json.dumps(peaks), flush=True)
 
 
-def launch(args: argparse.Namespace, processes: int, *extra: str) -> list[Any]:
-    """What the processes of one run print, parsed."""
+def launch(args: argparse.Namespace, processes: int, *extra: str) -> Any:
+    """What process 0 of a run prints, parsed."""
     flags = [f"--{name}={getattr(args, name)}" for name in (*SETTING, "step_size", "runs")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
                __file__, *flags, *extra]  # fmt: skip
@@ -137,7 +140,7 @@ def launch(args: argparse.Namespace, processes: int, *extra: str) -> list[Any]:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
-    return [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("LINE")]
+    return next(json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("LINE"))
 
 
 def predicted(costs: Costs, processes: int, layers: int) -> dict[str, Any]:
@@ -169,10 +172,10 @@ def main() -> None:
     layers, costs = args.layers, None
     for processes in args.processes:
         args.layers = layers * processes if args.weak else layers
-        alone = launch(args, 1, "--worker", "time")[0] if costs is None or args.weak else None
+        alone = launch(args, 1, "--worker", "time") if costs is None or args.weak else None
         costs = costs_of(alone["timelines"][0], args, alone["seconds"]) if alone else costs
         assert costs is not None
-        found = launch(args, processes, "--worker", "time")[0] if processes > 1 or alone is None else alone
+        found = launch(args, processes, "--worker", "time") if processes > 1 or alone is None else alone
         memory = launch(args, processes, "--worker", "memory")
         whole = launch(args, 1, "--worker", "memory", "--whole")[0]
         timelines = found.pop("timelines")
