@@ -5,9 +5,9 @@
 Prints one JSON line per number of processes, each process with one thread. "speedup" is the median of interleaved
 pairs with one process that has the whole model, in the same launch. With --weak the blocks grow with the processes
 (--layers is then per process). "predicted_seconds" is the model of hf_pc.distributed.cost, from the times of one
-process's blocks; --predict 64 prints it for processes that
-are not there, of a model with a block for each at least. Memory is each process's peak over what it
-had before it built the model: weights, gradients, AdamW's state and activations. Leaves timeline_2.png and so on: who
+process's blocks; --predict 64 prints it for processes that are not there, of a model with a
+block for each at least. Memory is each process's peak over what it had before it built the model: weights, gradients,
+AdamW's state and activations. Leaves timeline_2.png and so on: who
 computed what when in one step, and below it GPipe's schedule for backprop on the same split, from the same times.
 """
 
@@ -47,6 +47,7 @@ def parse() -> argparse.Namespace:
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=positive, default=value)
     parser.add_argument("--processes", type=positive, nargs="+", default=[1, 2])
+    parser.add_argument("--split", type=positive, nargs="+", help="blocks of each process; default: balanced")
     parser.add_argument("--predict", type=positive, nargs="*", default=[], help="numbers of processes to predict for")
     parser.add_argument("--weak", action="store_true", help="--layers blocks for each process")
     parser.add_argument("--step_size", type=float, default=0.3)
@@ -73,14 +74,15 @@ def timed(args: argparse.Namespace) -> None:
     """In every process: interleaved steps of the whole model in process 0 and of the split one; a line from 0."""
     model, inputs = build(args, CPU)
     rank, count = dist.get_rank(), dist.get_world_size()
-    whole = PCModel(copy.deepcopy(model), configured(args)) if rank == 0 else None
-    split = SplitPCModel(model, configured(args))
+    whole = PCModel(copy.deepcopy(model), configured(args)) if rank == 0 and count > 1 else None
+    split = SplitPCModel(model, configured(args), split=args.split)
     singles, times, ratios = [], [], []
     for run in range(args.runs + 1):
         dist.barrier()
         single = step(whole, inputs) if whole is not None else 0.0
         dist.barrier()
         took = torch.tensor(step(split, inputs))
+        single = single if count > 1 else float(took)
         dist.all_reduce(took, dist.ReduceOp.MAX)
         if run:
             singles, times, ratios = [*singles, single], [*times, float(took)], [*ratios, single / float(took)]
@@ -115,7 +117,7 @@ def measured_memory(args: argparse.Namespace) -> None:
     reset_peak(CPU)
     before = peak_bytes(CPU)
     model, inputs = build(args, CPU)
-    pc = PCModel(model, configured(args)) if args.whole else SplitPCModel(model, configured(args))
+    pc = PCModel(model, configured(args)) if args.whole else SplitPCModel(model, configured(args), split=args.split)
     held = model.parameters() if args.whole else pc.parameters()
     optimizer = torch.optim.AdamW(held)
     reset_peak(CPU)
@@ -131,6 +133,8 @@ def measured_memory(args: argparse.Namespace) -> None:
 def launch(args: argparse.Namespace, processes: int, *extra: str) -> Any:
     """What process 0 of a run prints, parsed."""
     flags = [f"--{name}={getattr(args, name)}" for name in (*SETTING, "step_size", "runs")]
+    if args.split and processes == len(args.split):
+        flags += ["--split", *map(str, args.split)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
                __file__, *flags, *extra]  # fmt: skip
     # the allocator of Linux keeps what was freed unless told not to
