@@ -98,8 +98,9 @@ class PCConfig:
         attention_energy: an energy of the attention logits, "categorical" or "gaussian"; None makes them no nodes.
         learning: what the weights learn from (see `hf_pc.learning`): "plain", the relaxed states; "centred",
             relaxations towards and away from the labels; "extrapolated", two such pairs; "mirrored" and
-            "balanced", the same with half of the sequences on each side, at half the cost; "wake_sleep", the relaxed
-            states less those of the model's own labels. All but "plain" need the solver "error".
+            "balanced", the same with half of the sequences on each side, at half the cost; "one_sided", four strengths
+            towards the labels, for strong relaxation; "wake_sleep", the relaxed states less those of the model's own
+            labels. All but "plain" need the solver "error".
         output: the output node's energy: "categorical", "gaussian", "bernoulli", or "auto" for what the model's
             own loss does with labels.
         precision: 1 / sigma^2, the same for every node.
@@ -134,7 +135,7 @@ class PCConfig:
     attention_energy: str | None = field(
         default=None, metadata={"help": "Energy of attention logits: categorical or gaussian."}
     )
-    learning: Literal["plain", "centred", "extrapolated", "mirrored", "balanced", "wake_sleep"] = field(
+    learning: Literal["plain", "centred", "extrapolated", "mirrored", "balanced", "one_sided", "wake_sleep"] = field(
         default="plain",
         metadata={"help": "What weights learn from: one relaxation, or several."},
     )

@@ -11,6 +11,9 @@ local gradient of the relaxed phase is G(b) = b grad L_out + b^2 A + b^3 B + ...
 - mirrored: G(1) of every other sequence and -G(-1) of the rest, in one relaxation; what `centred` leaves, and the
   spread of A among sequences, which averages out over batches. (A random sign of the nudge is Laborieux et al.'s too.)
 - balanced: with such signs s, (8 G(s/2) - G(s)) s / 3: of A a third is left, which averages out, and fifth order.
+- one_sided: G(b) / b at b = 1, 0.4, 0.16 and 0.064 as a polynomial in b, taken to 0 (Richardson); leaves fourth order.
+  Away from the labels F has no minimum once the errors are soft, which is where the rules above end. Towards them it
+  has: a direction that relaxes by b s / (1 + b s) is left an error of the product of these over b, always under 1.
 - wake_sleep: G(1) less what the model's own labels teach, G(1, y') - grad L_out(y') with y' drawn from the output.
   The marginal likelihood's Laplace correction cancels the reward in expectation when the model is calibrated.
 
@@ -22,6 +25,7 @@ sweeps. So in units of a backprop step "centred" costs (4T - 2) / 3 from T = 3, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,13 @@ class Phase:
         return self.strength * self.weight
 
 
+def taken_to_zero(*strengths: float) -> tuple[Phase, ...]:
+    """Phases at these b whose sum is G(b) / b at b = 0, as the polynomial through them has it (Lagrange)."""
+    return tuple(
+        Phase(b, prod(c / (c - b) for c in strengths if c != b) / b, warm=b != strengths[0]) for b in strengths
+    )
+
+
 PLAIN = Phase()
 #: the phases of each rule; the first is the one that is reported
 RULES: dict[str, tuple[Phase, ...]] = {
@@ -63,5 +74,6 @@ RULES: dict[str, tuple[Phase, ...]] = {
     ),
     "mirrored": (Phase(mirrored=True),),
     "balanced": (Phase(1.0, -1 / 3, mirrored=True), Phase(0.5, 8 / 3, warm=True, mirrored=True)),
+    "one_sided": taken_to_zero(1.0, 0.4, 0.16, 0.064),
     "wake_sleep": (Phase(), Phase(1.0, -1.0, own_labels=True), Phase(1.0, 1.0, own_labels=True, at_rest=True)),
 }

@@ -16,7 +16,7 @@ from hf_pc import PCConfig, PCModel
 from hf_pc.learning import RULES
 from hf_pc.trainer import BackpropTrainer
 
-ORDER = {"plain": 1, "centred": 2, "extrapolated": 4}
+ORDER = {"plain": 1, "centred": 2, "extrapolated": 4, "one_sided": 4}
 
 
 def distance(learning: str, precision: float) -> float:
@@ -138,7 +138,7 @@ def test_training(tmp_path: Path, learning: str) -> None:
     assert logs[0]["loss"] == pytest.approx(bp.state.log_history[0]["loss"], rel=1e-5)
     assert logs[-1]["relaxed_fraction"] == pytest.approx(0.1, rel=0.2)
     expected = {"centred": 4 + 2, "extrapolated": 4 + 2 + 2 + 2, "mirrored": 4, "balanced": 4 + 2,
-                "wake_sleep": 4 + 4 + 1}[learning]  # fmt: skip
+                "one_sided": 4 + 3 * 2, "wake_sleep": 4 + 4 + 1}[learning]  # fmt: skip
     assert logs[-1]["energy/output"] == pytest.approx(logs[-1]["loss"], rel=0.1)  # of states on either side
     assert logs[-1]["sweeps"] == pytest.approx(expected, abs=0.5)
 

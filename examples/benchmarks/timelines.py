@@ -28,32 +28,37 @@ def costs_of(events: Sequence[Event], args: argparse.Namespace, seconds: float) 
 
 def draw(path: Path, timelines: Sequence[Sequence[Event]], costs: Costs, split: Sequence[int]) -> None:
     """One step of every process as measured, and GPipe's of backprop as computed, over the same seconds."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     begin = min(event[1] for line in timelines for event in line)
     micro = 4 * len(split)
     schedule = gpipe(costs, split, micro)
-    figure = Figure(figsize=(13, 2.2 + 1.1 * len(split)), layout="constrained")
-    above, below = figure.subplots(2, 1)
+    figure = Figure(figsize=(13, 3 + 1.1 * len(split)), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
     blocks = sum(split)
+    shades = {f"block {i}": colormaps["viridis"](i / max(1, blocks - 1)) for i in range(blocks)}
+    others = {"before": "tab:red", "after": "tab:orange", "wait": "white"}
     for rank, line in enumerate(timelines):
         for what, start, end in line:
-            found = re.fullmatch(r"block (\d+)", what)
-            shade = f"C{int(found[1]) % 10}" if found else {"wait": "white", "before": "0.6", "after": "0.3"}[what]
-            above.broken_barh([(start - begin, end - start)], (rank - 0.4, 0.8), color=shade)
+            bar = [(start - begin, end - start)], (rank - 0.4, 0.8)
+            above.broken_barh(*bar, facecolor=(shades | others)[what], edgecolor="white", lw=0.3)
     for rank, line in enumerate(schedule):
         for what, start, end in line:
-            shade = "C0" if what.startswith("forward") else "C1"
-            below.broken_barh([(start, end - start)], (rank - 0.4, 0.8), facecolor=shade, edgecolor="white", lw=0.4)
-    above.set_title("Measured: a step of predictive coding, state solver (one colour a block; white: waiting)")
+            shade = "0.75" if what.startswith("forward") else "0.45"
+            below.broken_barh([(start, end - start)], (rank - 0.4, 0.8), facecolor=shade, edgecolor="white", lw=0.3)
+    above.set_title("Measured: a step of predictive coding by the state solver")
     below.set_title(f"Computed from the same times: a step of backprop, GPipe with {micro} micro-batches")
-    above.legend(handles=[Patch(color=f"C{i % 10}", label=f"block {i}") for i in range(min(blocks, 10))]
-                 + [Patch(color="0.6", label="before"), Patch(color="0.3", label="after, with the loss")],
-                 ncols=6, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.25))  # fmt: skip
-    below.legend(handles=[Patch(color="C0", label="forward"), Patch(color="C1", label="backward")], fontsize=7)
+    named = list(shades)[:: max(1, blocks // 4)]
+    above.legend(handles=[Patch(color=shades[name], label=name) for name in named]
+                 + [Patch(color=others["after"], label="head and loss"),
+                    Patch(facecolor="white", edgecolor="0.5", label="waiting")],
+                 fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # fmt: skip
+    below.legend(handles=[Patch(color="0.75", label="forward"), Patch(color="0.45", label="backward")], fontsize=8,
+                 loc="center left", bbox_to_anchor=(1, 0.5))  # fmt: skip
     for axes in (above, below):
-        axes.set(yticks=range(len(split)), yticklabels=[f"process {rank}" for rank in range(len(split))],
-                 xlabel="seconds")  # fmt: skip
+        axes.set(yticks=range(len(split)), yticklabels=[f"process {rank}" for rank in range(len(split))])
         axes.invert_yaxis()
+    below.set_xlabel("seconds")
     figure.savefig(path, dpi=120)
