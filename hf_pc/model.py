@@ -164,11 +164,13 @@ class PCModel:
             phase: one of `phases`, which are to be gone through in order.
             forward: what passes that move weights call instead of the model, such as its distributed wrapper.
         """
-        if (weight_step is None) != (self.config.weight_update == "final"):
+        update = self.config.weight_update
+        if (weight_step is None) != (update == "final"):
             raise ValueError(
-                f"weight_update={self.config.weight_update!r} moves the weights while the states relax, which takes "
-                "an optimizer: use PCTrainer"
-            )
+                f"weight_update={update!r} moves the weights once the states have relaxed: weight_step is not allowed"
+                if update == "final" else
+                f"weight_update={update!r} moves weights while the states relax: use PCTrainer, or give weight_step"
+            )  # fmt: skip
         if not self._detach.alive:
             raise RuntimeError("this PCModel is detached: attach() it first")
         if self.relaxation is not None:
@@ -337,32 +339,50 @@ class PCModel:
         """
         return self._run(inputs, RELAX, None)
 
-    def accumulate_grad(self, *, num_items_in_batch: Tensor | int | None = None, **inputs: Any) -> RelaxationOutput:
+    def accumulate_grad(
+        self,
+        *,
+        num_items_in_batch: Tensor | int | None = None,
+        weight_step: Callable[[Tensor], None] | None = None,
+        **inputs: Any,
+    ) -> RelaxationOutput:
         """Relax to a batch, then add every weight's local gradient to its `.grad`.
 
         Args:
             num_items_in_batch: label tokens that the gradient is a mean over; None counts this batch's. Give the
                 total where several batches make one optimiser step.
+            weight_step: with `weight_update="every_sweep"`, what to do with the loss of each sweep but the last, nats
+                per label token: `backward()`, a step of the optimizer and `zero_grad()`.
             inputs: what the model's forward takes, with labels.
         """
-        return self._run(inputs, LEARN, num_items_in_batch)
+        return self._run(inputs, LEARN, num_items_in_batch, weight_step)
 
-    def _run(self, inputs: Mapping[str, Any], mode: str, items: Tensor | int | None) -> RelaxationOutput:
+    def _run(
+        self, inputs: Mapping[str, Any], mode: str, items: Tensor | int | None,
+        weight_step: Callable[[Tensor], None] | None = None,
+    ) -> RelaxationOutput:  # fmt: skip
         self.output.count(self.output.split(inputs)[1])
         if items is not None and items <= 0:
             raise ValueError(f"num_items_in_batch={items!r} is not allowed: a number above 0 is needed")
         self._keep_states = True
         try:
             with torch.enable_grad():
-                return self._phases(inputs, mode, items)
+                return self._phases(inputs, mode, items, weight_step)
         finally:
             self._keep_states = False
 
-    def _phases(self, inputs: Mapping[str, Any], mode: str, items: Tensor | int | None) -> RelaxationOutput:
+    def _phases(
+        self, inputs: Mapping[str, Any], mode: str, items: Tensor | int | None,
+        weight_step: Callable[[Tensor], None] | None,
+    ) -> RelaxationOutput:  # fmt: skip
+        def step(loss: Tensor) -> None:
+            assert weight_step is not None
+            weight_step(loss / (self.output.count(self.output.split(inputs)[1]) if items is None else items))
+
         sums: dict[str, Tensor] = {}
         report: RelaxationOutput | None = None
         for phase in self.phases if mode == LEARN else (PLAIN,):
-            with self.relaxed(inputs, phase=phase) as relaxation:
+            with self.relaxed(inputs, None if weight_step is None else step, phase) as relaxation:
                 if mode == RELAX:
                     with self._frozen():
                         energy, _ = self.learning_pass(inputs, mode=RELAX)

@@ -150,10 +150,10 @@ def test_equilibrium(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     found = equilibrium.main(
         ["--train_file", str(text), *size, "--seeds", "1", "--learning_rates", "1e-3", "--relaxed_fractions", "0.1"]
     )
-    assert len(capsys.readouterr().out.splitlines()) == 2 * 9
+    assert len(capsys.readouterr().out.splitlines()) == 2 * 11
     assert [line["method"] for line in found] == [
-        "backprop", "plain_0.1", "centred_0.1", "extrapolated_0.1", "mirrored_0.1", "balanced_0.1", "wake_sleep_0.1",
-        "state_0.1", "lagrangian_0.1",
+        "backprop", "plain_0.1", "centred_0.1", "extrapolated_0.1", "mirrored_0.1", "balanced_0.1",
+        "one_sided_0.1", "wake_sleep_0.1", "state_0.1", "lagrangian_0.1", "incremental_0.1",
     ]  # fmt: skip
     assert all(line["step_time_ratio"] > 1 and line["residual"] > 0 for line in found[1:])
     with pytest.raises(ValueError, match="there is no such file"):

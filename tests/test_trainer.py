@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,33 @@ def test_weights_move_at_every_sweep(tmp_path: Path, solver: str) -> None:
     run.train()
     assert len(steps) == 12 * 5
     assert run.evaluate()["eval_loss"] < before
+
+
+def test_weights_move_at_every_sweep_of_a_loop_of_ones_own(tmp_path: Path) -> None:
+    """accumulate_grad with weight_step leaves the weights that PCTrainer does, and asks for it by name."""
+    config = PCConfig(solver="state", sweeps=5, relative_std=0.3, weight_update="every_sweep")
+    options = {"train_dataset": rows(4), "lr_scheduler_type": "constant", "optim": "sgd", "learning_rate": 1e-5}
+    run = trainer(tmp_path, config, max_steps=1, **options)
+    mine, start = copy.deepcopy(run.model), copy.deepcopy(run.model)
+    run.train()
+    pc = PCModel(mine.train(), config)
+    optimizer = torch.optim.SGD(mine.parameters(), lr=1e-5)
+
+    def step(loss: torch.Tensor) -> None:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    inputs = {name: torch.tensor([row[name] for row in rows(4)]) for name in ("input_ids", "labels")}
+    with pytest.raises(ValueError, match=r"weight_update=.every_sweep. .* give weight_step"):
+        pc.accumulate_grad(**inputs)
+    pc.accumulate_grad(**inputs, weight_step=step)
+    optimizer.step()
+    moves = [torch.cat([(p - q).flatten() for p, q in zip(m.parameters(), start.parameters(), strict=True)])
+             for m in (mine, run.model)]  # fmt: skip
+    assert (moves[0] - moves[1]).norm() < 1e-3 * moves[1].norm()
+    with pytest.raises(ValueError, match=r"weight_update=.final. .* weight_step is not allowed"):
+        PCModel(make("gpt2"), PCConfig()).accumulate_grad(**inputs, weight_step=step)
 
 
 def test_every_sweep_needs_single_batches(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ DEFAULTS = {"steps": 1000, "batch": 16, "layers": 6, "hidden": 128, "heads": 4, 
 
 
 def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:
-    """Backprop; at every target of relaxed_fraction every rule, and the solvers that move states."""
+    """Backprop; at every target of relaxed_fraction every rule, the solvers that move states, and incremental PC."""
     found: dict[str, PCConfig | None] = {"backprop": None}
     for target in args.relaxed_fractions:
         for rule in RULES:
@@ -34,6 +34,9 @@ def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:
             found[f"{rule}_{target:g}"] = config
         for solver in ("state", "lagrangian"):
             found[f"{solver}_{target:g}"] = PCConfig(solver=solver, relaxed_fraction=target, sweeps=args.state_sweeps)
+        found[f"incremental_{target:g}"] = PCConfig(
+            solver="state", weight_update="every_sweep", relaxed_fraction=target, sweeps=args.state_sweeps
+        )
     return found
 
 

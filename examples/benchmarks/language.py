@@ -17,6 +17,7 @@ import torch
 from report import picture, show
 from scipy import stats
 from torch import Tensor
+from torch.optim import Optimizer
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
@@ -104,11 +105,28 @@ def loss_of(model: GPT2LMHeadModel, stream: Tensor, length: int) -> float:
     return nats / tokens
 
 
-def gradient(model: GPT2LMHeadModel, pc: PCModel | None, batch: Batch) -> tuple[RelaxationOutput | None, float]:
-    """Fill every weight's `.grad` by PC or by backprop; PC's report, and the loss of a plain forward pass."""
+def moved(model: GPT2LMHeadModel, optimizer: Optimizer) -> None:
+    """A step of the optimizer, on clipped gradients, which it leaves at zero."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def gradient(
+    model: GPT2LMHeadModel, pc: PCModel | None, batch: Batch, optimizer: Optimizer
+) -> tuple[RelaxationOutput | None, float]:
+    """Fill every weight's `.grad` by PC or by backprop; PC's report, and the loss of a plain forward pass.
+
+    Incremental PC moves the weights before that, in each relaxing sweep.
+    """
     batch = {name: ids.to(model.device) for name, ids in batch.items()}
+
+    def step(loss: Tensor) -> None:
+        loss.backward()
+        moved(model, optimizer)
+
     if pc is not None:
-        found = pc.accumulate_grad(**batch)
+        found = pc.accumulate_grad(**batch, weight_step=step if pc.config.weight_update == "every_sweep" else None)
         pc.steer()
         return found, found.feedforward_energy
     output = Output.of(model)
@@ -137,14 +155,12 @@ def train(
     losses: list[float] = []
     model.train()
     for batch in tqdm(batches, total=steps, desc=title, leave=False):
-        optimizer.zero_grad()
-        found, loss = gradient(model, pc, batch)
+        found, loss = gradient(model, pc, batch, optimizer)
         losses.append(loss)
         if found is not None:
             first = first or {"relaxed_fraction": found.relaxed_fraction, "displacement": found.displacement}
             facts.append((found.relaxed_fraction, found.residual, found.refused, found.sweeps))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        moved(model, optimizer)
         schedule.step()
     if pc is None:
         return {"losses": losses}
@@ -164,10 +180,8 @@ def step_ratio(model: GPT2LMHeadModel, config: PCConfig, text: Text, args: argpa
         for chosen in (config, None):
             pc = PCModel(model, chosen) if chosen else None
             began = time.perf_counter()
-            optimizer.zero_grad()
-            gradient(model, pc, batch)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            gradient(model, pc, batch, optimizer)
+            moved(model, optimizer)
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)

@@ -185,12 +185,15 @@ class SplitPCModel(PCModel):
                 neighbours.send(index - 1, torch.zeros_like(boundary.leaf) if signal is None else signal)
         return above
 
-    def _run(self, inputs: Mapping[str, Any], mode: str, items: Tensor | int | None) -> RelaxationOutput:
+    def _run(
+        self, inputs: Mapping[str, Any], mode: str, items: Tensor | int | None,
+        weight_step: Callable[[Tensor], None] | None = None,
+    ) -> RelaxationOutput:  # fmt: skip
         self._check_batch(inputs)
         before = [(p, p.grad) for p in self.shared.parameters()]
         for parameter, _ in before:
             parameter.grad = None
-        report = super()._run(inputs, mode, items)
+        report = super()._run(inputs, mode, items, weight_step)
         self.shared.sum_gradients(self.neighbours)
         for parameter, kept in before:
             if kept is not None:
