@@ -11,7 +11,7 @@ local gradient of the relaxed phase is G(b) = b grad L_out + b^2 A + b^3 B + ...
 - mirrored: G(1) of every other sequence and -G(-1) of the rest, in one relaxation; what `centred` leaves, and the
   spread of A among sequences, which averages out over batches. (A random sign of the nudge is Laborieux et al.'s too.)
 - balanced: with such signs s, (8 G(s/2) - G(s)) s / 3: of A a third is left, which averages out, and fifth order.
-- one_sided: G(b) / b at b = 1, 0.4, 0.16 and 0.064 as a polynomial in b, taken to 0 (Richardson); leaves fourth order.
+- one_sided: G(b) / b at b = 1, 1/2, 1/4 and 1/8 as a polynomial in b, taken to 0 (Richardson); leaves fourth order.
   Away from the labels F has no minimum once the errors are soft, which is where the rules above end. Towards them it
   has: a direction that relaxes by b s / (1 + b s) is left an error of the product of these over b, always under 1.
 - wake_sleep: G(1) less what the model's own labels teach, G(1, y') - grad L_out(y') with y' drawn from the output.
@@ -74,6 +74,6 @@ RULES: dict[str, tuple[Phase, ...]] = {
     ),
     "mirrored": (Phase(mirrored=True),),
     "balanced": (Phase(1.0, -1 / 3, mirrored=True), Phase(0.5, 8 / 3, warm=True, mirrored=True)),
-    "one_sided": taken_to_zero(1.0, 0.4, 0.16, 0.064),
+    "one_sided": taken_to_zero(1.0, 0.5, 0.25, 0.125),
     "wake_sleep": (Phase(), Phase(1.0, -1.0, own_labels=True), Phase(1.0, 1.0, own_labels=True, at_rest=True)),
 }
