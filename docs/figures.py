@@ -116,7 +116,7 @@ def strength(path: Path, model: GPT2LMHeadModel, batch: Batch) -> dict[str, Any]
         right.plot(fractions, values, marker="o", label=f'learning="{rule}"')
     right.set(xlabel="relaxed_fraction", ylabel="relative distance", xscale="log", yscale="log",
               title="From backprop's gradient")  # fmt: skip
-    right.legend(loc="lower right")
+    right.legend(loc="upper left")
     for axes in (left, right):
         axes.grid(alpha=0.25)
     figure.savefig(path, dpi=130)
