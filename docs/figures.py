@@ -113,10 +113,10 @@ def strength(path: Path, model: GPT2LMHeadModel, batch: Batch) -> dict[str, Any]
     left.minorticks_off()
     left.legend()
     for rule, values in distances.items():
-        right.plot(fractions, values, marker="o", label=f'learning="{rule}"')
+        right.plot(fractions, values, marker="o", label=rule)
     right.set(xlabel="relaxed_fraction", ylabel="relative distance", xscale="log", yscale="log",
               title="From backprop's gradient")  # fmt: skip
-    right.legend(loc="lower right")
+    right.legend(title="learning", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.25)
     figure.savefig(path, dpi=130)

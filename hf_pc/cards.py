@@ -40,6 +40,11 @@ REGIMES = {
     "relaxing": "The states had not come to rest when weights learned (residual over 0.05).",
 }
 UNTESTED = "Nothing was done about errors and biases in the data: test it before you use it for anything."
+#: what transformers writes of a model and of data that have no name, and what that means
+UNNAMED = (
+    (" is a fine-tuned version of [](https://huggingface.co/)", " was trained from scratch"),
+    (" on the None dataset.", "."),
+)
 ONE_RUN = (
     "The figures are of one run with one seed; the learning rate, the same for both, need not be the best of either."
 )
@@ -168,15 +173,30 @@ def _loading(auto_class: str, adapter: bool, tokenizer: bool) -> str:
     return "\n".join(lines)
 
 
-def extend_card(path: Path, config: PCConfig, history: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Add tags, settings and the last logged regime to a card that transformers or PEFT wrote."""
+def extend_card(path: Path, config: PCConfig, history: Sequence[Mapping[str, Any]] = (), auto_class: str = "") -> None:
+    """Add tags, results, settings and the last logged regime to a card that transformers or PEFT wrote.
+
+    Args:
+        history: the log of the training; its last evaluation is a result where the card has none.
+        auto_class: what of transformers loads the model, which says the task of such a result.
+    """
     card = ModelCard.load(path)
     tags = list(card.data.tags or [])
     card.data.tags = tags + [tag for tag in TAGS if tag not in tags]
+    found: Mapping[str, Any] = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
+    metric = next((name for name in ("accuracy", "perplexity") if f"eval_{name}" in found), None)
+    if metric and not card.data.eval_results:
+        results = {f"pc_{metric}": found[f"eval_{metric}"]}
+        own = _metadata(results, card.data.model_name or path.parent.name, metric, None, "", None, auto_class, False)
+        if own.eval_results:
+            card.data.eval_results, card.data.model_name = own.eval_results, own.model_name
+            card.data.metrics = card.data.metrics or own.metrics
     last: Mapping[str, Any] = next((entry for entry in reversed(history) if "relaxed_fraction" in entry), {})
     facts = [f"- {k}: {last[k]:.4g}" for k in ("relaxed_fraction", "residual", "free_energy") if k in last]
     settings = json.dumps(config.to_dict(), indent=2, sort_keys=True)
     heading = "\n## Predictive coding\n\n"
     body = card.text.split(heading)[0]
+    for wrong, right in UNNAMED:
+        body = body.replace(wrong, right)
     card.text = body + heading + "\n".join(facts) + f"\n\n```json\n{settings}\n```\n"
     card.save(path)

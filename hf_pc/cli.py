@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
@@ -20,8 +20,19 @@ COMMANDS: dict[str, Any] = {"nodes": nodes, "doctor": doctor, "compare": compare
 FAILED, WRONG, STOPPED = 1, 2, 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says as JSON too what is wrong with its arguments, where JSON was asked for."""
+
+    asked: Sequence[str] = ()
+
+    def error(self, message: str) -> NoReturn:
+        if "--json" in _Parser.asked:
+            print(json.dumps({"error": message}))
+        super().error(message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-pc", description="Predictive coding for Hugging Face models.")
+    parser = _Parser(prog="hf-pc", description="Predictive coding for Hugging Face models.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         own = commands.add_parser(
@@ -41,22 +52,28 @@ def _finite(found: Any) -> Any:
     return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
+def _complain(args: argparse.Namespace, message: str, status: int) -> int:
+    print(f"hf-pc: {message}", file=sys.stderr)
+    if args.json:
+        print(json.dumps({"error": message}))
+    return status
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or one of FAILED, WRONG and STOPPED with one line on standard error."""
+    """Exit status 0, or one of FAILED, WRONG and STOPPED with one line on standard error, and with --json an object
+    that holds this line as "error" on standard output."""
+    _Parser.asked = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     command = COMMANDS[args.command]
     try:
         found = command.run(args)
     except KeyboardInterrupt:
-        print("hf-pc: stopped", file=sys.stderr)
-        return STOPPED
+        return _complain(args, "stopped", STOPPED)
     except NonFiniteEnergyError as error:
-        print(f"hf-pc: {error}", file=sys.stderr)
-        return FAILED
+        return _complain(args, str(error), FAILED)
     except (ValueError, TypeError, AttributeError, OSError, RuntimeError, LookupError, SafetensorError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        print(f"hf-pc: {lines[0]}", file=sys.stderr)
-        return WRONG
+        return _complain(args, lines[0], WRONG)
     if args.json:
         print(json.dumps(_finite(found)))
     else:

@@ -94,11 +94,11 @@ def _write_card(pc: PCModel, folder: Path, repo_id: str) -> None:
     base = getattr(pc.model.config, "name_or_path", None)
     write_card(
         folder, pc.config, {}, model_name=repo_id.rpartition("/")[2], base_model=base if base != repo_id else None,
-        auto_class=_auto_class(pc.model),
+        auto_class=auto_class(pc.model),
     )  # fmt: skip
 
 
-def _auto_class(model: Any) -> str:
+def auto_class(model: Any) -> str:
     """What of transformers loads the model: an auto class where it has one of `TASKS`, else its own."""
     from transformers.models.auto import modeling_auto
 

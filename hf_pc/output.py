@@ -100,6 +100,10 @@ class Output(ABC):
 
         The latter, [batch], is for models with a term of their own, such as a latent's divergence from its prior.
         """
+        if "logits" not in outputs:
+            raise ValueError(
+                "the model returns no logits, which labels are compared with: a class with a head is needed"
+            )
         energy = self.energy(outputs["logits"], labels)
         own = outputs.get("energy")
         return energy if own is None else energy + own

@@ -10,16 +10,20 @@ from pathlib import Path
 
 #: flags whose value is nobody else's business
 _SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
+#: what is one whatever its flag, as an abbreviated --hub_tok
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
 
 
 def _public(argument: str) -> str:
     flag, equals, value = argument.partition("=")
     if equals and flag.startswith("-"):
         return f"{flag}={_public(value)}"
-    return Path(argument).name if Path(argument).is_absolute() else argument
+    return _TOKEN.sub("...", Path(argument).name if Path(argument).is_absolute() else argument)
 
 
 def _script(path: Path) -> list[str]:
+    if path.parts[-2:] == ("hf_pc", "cli.py"):  # python -m hf_pc.cli
+        return ["hf-pc"]
     if path.suffix != ".py":
         return [path.name]
     try:

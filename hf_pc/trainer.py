@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from hf_pc.heatmap import EnergyHeatmap
 from hf_pc.model import PCModel
 from hf_pc.placement import resolve
 from hf_pc.processes import gathered, is_sharded, naming_the_lost, reducing
+from hf_pc.pushing import PushMixin, Unsaved
 from hf_pc.refusals import check_processes, refuse
 from hf_pc.relaxation import add_sums, summary
 from hf_pc.token_loss import BackpropSeq2SeqTrainer, BackpropTrainer, TokenLossMixin
@@ -65,7 +65,7 @@ class PCTrainingArguments(TrainingArguments):
             raise ValueError(f"nonfinite_patience={self.nonfinite_patience!r} is not allowed: at least 1 is needed")
 
 
-class PCTrainerMixin(CheckpointMixin, TokenLossMixin):
+class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
     """Predictive coding for any Trainer subclass: `class MyPCTrainer(PCTrainerMixin, MyTrainer)`.
 
     Args:
@@ -93,6 +93,8 @@ class PCTrainerMixin(CheckpointMixin, TokenLossMixin):
         self._window: dict[str, Tensor] = {}
         self._probed: set[int] = set()
         self._restored: dict[str, Any] | None = None
+        if self.args.hub_token is not None:
+            self.args.hub_token = Unsaved(self.args.hub_token)
         patience = getattr(self.args, "nonfinite_patience", PCTrainingArguments.nonfinite_patience)
         self.add_callback(SteeringCallback(self))
         self.add_callback(NonFiniteGuard(self, patience))
@@ -248,14 +250,6 @@ class PCTrainerMixin(CheckpointMixin, TokenLossMixin):
             means["relative_std"] = self.pc.relative_std
         means.update({f"energy/{name}": value for name, value in energies.items()})
         return means
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """transformers' own card with the settings and the regime of this run; same signature."""
-        from hf_pc.cards import extend_card
-
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            extend_card(Path(self.args.output_dir) / "README.md", self.pc_config, self.state.log_history)
 
 
 class PCTrainer(PCTrainerMixin, Trainer):

@@ -166,6 +166,8 @@ def test_how_an_adapter_is_loaded(tmp_path: Path) -> None:
         (["x.py", "--hub_token", "abc", "--token=abc", "--lr", "1"], "python x.py --hub_token ... --token=... --lr 1"),
         (["x.py", "--token", "--lr", "1", "--tokenizer_name", "t"], "python x.py --token --lr 1 --tokenizer_name t"),
         (["x.py", "--out=/home/me/out"], "python x.py --out=out"),
+        (["x.py", "--hub_tok", "hf_" + "a1B2" * 8], "python x.py --hub_tok ..."),
+        (["/lib/hf_pc/cli.py", "compare", "m"], "hf-pc compare m"),
         (["-c"], None),
         (["/site-packages/pytest/__main__.py", "tests"], None),
         ([], None),

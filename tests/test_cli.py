@@ -151,6 +151,32 @@ def test_plot_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], cont
     assert not (tmp_path / "plot.png").exists()
 
 
+def test_errors_are_json_where_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Standard output holds one object with the line of standard error, also where the arguments are no arguments."""
+    assert main(["plot", str(tmp_path), "--json"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"hf-pc: {json.loads(printed.out)['error']}\n"
+    with pytest.raises(SystemExit) as stopped:
+        main(["plot", "--json"])
+    assert stopped.value.code == 2
+    assert "required: run" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_plot_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name that is no PNG's would be written elsewhere or as something else: it is refused. So is a step that is no
+    number."""
+    log = tmp_path / "trainer_state.json"
+    log.write_text('{"log_history": [{"step": 1, "loss": 1.0}]}')
+    for name in ("a", "a.gif", "."):
+        assert main(["plot", str(tmp_path), "--output", str(tmp_path / name)]) == 2
+        assert "ends in .png is needed" in capsys.readouterr().err
+    assert main(["plot", str(tmp_path), "--output", str(tmp_path / "a.png")]) == 0
+    assert (tmp_path / "a.png").is_file()
+    log.write_text('{"log_history": [{"step": null}]}')
+    assert main(["plot", str(tmp_path)]) == 2
+    assert "holds no log history" in capsys.readouterr().err
+
+
 def test_wrong_input_of_every_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Too long, too short, weights that cannot be read, an adapter: one line, status 2."""
     make("gpt2").save_pretrained(tmp_path / "model")
@@ -161,6 +187,7 @@ def test_wrong_input_of_every_kind(tmp_path: Path, capsys: pytest.CaptureFixture
         (["doctor", "model", "--sequence", "64"], "--sequence 64 is over the 32 positions"),
         (["doctor", "model", "--sequence", "1"], "--sequence 1 is not allowed"),
         (["doctor", "broken"], ""),
+        (["doctor", "model", "--auto_class", "AutoModel"], "returns no logits"),
         (["doctor", "adapter"], "is an adapter"),
         (["nodes", "adapter"], "is an adapter"),
     ):

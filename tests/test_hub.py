@@ -267,3 +267,41 @@ print(model(input_ids=torch.arange(8)[None]).logits.sum().item())
     assert adapted.data.base_model == "user/base"
     assert {"predictive-coding", "hf-pc"} <= set(adapted.data.tags or [])
     assert (repo.files("main") or {})["README.md"] == b"mine"
+
+
+def test_a_trainer_pushes_all_but_its_token(hub: Hub, python: Run) -> None:
+    """A token given as an argument is in nothing that `push_to_hub=True` and `trainer.push_to_hub()` upload; the card
+    has the last evaluation as a result; a wrong token is a PermissionError that does not repeat it."""
+    code = f"""
+import copy
+from datasets import Dataset
+from hf_pc import PCTrainer, PCTrainingArguments
+rows = [[(i * j) % 64 for j in range(32)] for i in range(16)]
+data = Dataset.from_dict({{"input_ids": rows, "labels": rows}})
+pc.detach()
+
+def trainer(token):
+    args = PCTrainingArguments("out", max_steps=2, save_steps=1, eval_strategy="steps", eval_steps=1, report_to=[],
+                               use_cpu=True, push_to_hub=True, hub_model_id="user/run", hub_token=token,
+                               hub_strategy="all_checkpoints", hub_always_push=True, disable_tqdm=True)
+    return PCTrainer(model=pc.model, args=args, pc_config=pc.config, train_dataset=data, eval_dataset=data)
+
+own = trainer({TOKEN!r})
+assert own.args.hub_token == copy.deepcopy(own.args).hub_token == {TOKEN!r}
+own.train()
+attempt(own.push_to_hub)
+attempt(lambda: trainer("hf_wrong").push_to_hub())
+"""
+    done = python("-c", PUSH + code, token=None)
+    shown = [line for line in lines(done) if line.startswith(("done", "PermissionError", "Client"))]
+    assert shown[0] == "done"
+    assert shown[1].startswith("PermissionError user/run cannot be written to with this token")
+    assert "hf_wrong" not in done.stdout + done.stderr
+    commits = hub.repos["user/run"].commits.values()
+    assert any("checkpoint-2/training_args.bin" in files for files in commits)
+    assert not [path for files in commits for path, content in files.items() if TOKEN.encode() in content]
+    card = ModelCard((hub.repos["user/run"].files("main") or {})["README.md"].decode())
+    assert card.data.eval_results is not None
+    assert card.data.eval_results[0].metric_type == "perplexity"
+    assert card.data.metrics == ["perplexity"]
+    assert "trained from scratch" in card.text

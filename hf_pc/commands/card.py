@@ -35,10 +35,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = PCConfig.from_pretrained(args.run)
     if (args.run / "README.md").exists() and not args.overwrite:
         raise ValueError(f"{args.run / 'README.md'} is there already: give --overwrite to replace it")
-    path = write_card(
-        args.run, config, results, model_name=args.run.resolve().name, base_model=args.base_model,
-        dataset=args.dataset, dataset_id=args.dataset_id, notes=args.notes, auto_class=args.auto_class,
-    )  # fmt: skip
+    try:
+        path = write_card(
+            args.run, config, results, model_name=args.run.resolve().name, base_model=args.base_model,
+            dataset=args.dataset, dataset_id=args.dataset_id, notes=args.notes, auto_class=args.auto_class,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{args.run / 'all_results.json'} holds what no run writes: {error}") from error
     return {"card": str(path)}
 
 

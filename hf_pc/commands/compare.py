@@ -22,7 +22,7 @@ from hf_pc.trainer import PCTrainingArguments
 HELP = "train a language model by predictive coding and by backprop: table and figure"
 EXAMPLE = "hf-pc compare runs/clm --train_file text.txt --steps 200 --learning_rate 1e-3"
 #: least value of each number
-LEAST = {"steps": 1, "batch": 1, "block_size": 2, "validation_percentage": 1}
+LEAST = {"steps": 1, "batch": 1, "block_size": 2, "validation_percentage": 1, "seed": 0}
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model")
 
 

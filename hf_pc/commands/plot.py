@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with stages(2) as begin:
         begin("reading the log")
         entries = history(args.run)
+        if output.suffix.lower() != ".png" or output.is_dir():
+            raise ValueError(f"--output {output}: the name of a file that ends in .png is needed")
         if not output.parent.is_dir():
             raise FileNotFoundError(f"--output {output}: there is no folder {output.parent}")
         begin("drawing")

@@ -36,7 +36,9 @@ def history(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file() and last is not None:
         path = Path(last) / "trainer_state.json"
     entries = read(path).get("log_history")
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "step" in entry for entry in entries):
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("step"), int | float) for entry in entries
+    ):
         raise ValueError(f"{path} holds no log history")
     if not entries:
         raise ValueError(f"{path}: nothing was logged yet")

@@ -10,8 +10,8 @@ History = Sequence[Mapping[str, Any]]
 
 
 def _series(history: History, name: str) -> tuple[list[float], list[float]]:
-    points = [(entry["step"], entry[name]) for entry in history if name in entry]
-    return [float(step) for step, _ in points], [float(value) for _, value in points]
+    points = {float(entry["step"]): float(entry[name]) for entry in history if name in entry}  # a step's last value
+    return list(points), list(points.values())
 
 
 def plot_run(path: Path, histories: Mapping[str, History], pc: str = "PC") -> Path:
@@ -28,10 +28,11 @@ def plot_run(path: Path, histories: Mapping[str, History], pc: str = "PC") -> Pa
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     curves, energies = figure.subplots(1, 2)
     for index, (name, history) in enumerate(histories.items()):
-        color = f"C{index}"
-        curves.plot(*_series(history, "loss"), color=color, alpha=0.35, label=f"{name}, training")
-        curves.plot(*_series(history, "eval_loss"), color=color, marker="o", markersize=4, label=f"{name}, validation")
-    curves.set(xlabel="optimiser step", ylabel="nats per token", title="Loss of a plain forward pass")
+        color, line = f"C{index}", "--" if index else "-"  # of curves that coincide both are seen
+        curves.plot(*_series(history, "loss"), color=color, linestyle=line, alpha=0.35, label=f"{name}, training")
+        curves.plot(*_series(history, "eval_loss"), color=color, linestyle=line, marker="o", markersize=4,
+                    label=f"{name}, validation")  # fmt: skip
+    curves.set(xlabel="optimiser step", ylabel="nats per label", title="Loss of a plain forward pass")
     curves.legend()
     labels = list(dict.fromkeys(key for entry in histories[pc] for key in entry if key.startswith("energy/")))
     nodes = [label for label in labels if label != "energy/output"]
@@ -40,7 +41,7 @@ def plot_run(path: Path, histories: Mapping[str, History], pc: str = "PC") -> Pa
         shade = colors(index / max(len(nodes) - 1, 1))
         shown = label.removeprefix("energy/") if len(nodes) <= 12 or index in (0, len(nodes) - 1) else None
         energies.plot(*_series(histories[pc], label), color=shade, label=shown)
-    energies.set(xlabel="optimiser step", ylabel="nats per token", title="Energy of every node at the relaxed states")
+    energies.set(xlabel="optimiser step", ylabel="nats per label", title="Energy of every node at the relaxed states")
     if any(value > 0 for label in nodes for value in _series(histories[pc], label)[1]):  # at T = 1 all are zero
         energies.set_yscale("log")
     if nodes:
@@ -78,10 +79,11 @@ def _heat(figure: Any, axes: Any, history: History) -> None:
         norm = LogNorm(max(positive.min(), positive.max() * 1e-6), positive.max()) if positive.size else None
         steps = np.array([row["step"] for row in rows], dtype=float)
         shown = axes.pcolormesh(steps, np.arange(len(nodes)), np.where(table > 0, table, np.nan), norm=norm)
-        figure.colorbar(shown, ax=axes, label="nats per label")
+        figure.colorbar(shown, ax=axes)
         if len(nodes) <= 16:
             axes.set_yticks(range(len(nodes)), [node.removeprefix("energy/") for node in nodes], fontsize="small")
-    axes.set(xlabel="optimiser step", title="Energy of every node, input side at the bottom")
+    axes.set(xlabel="optimiser step", ylabel="input side to output side" if len(nodes) > 16 else "")
+    axes.set_title("Energy of every node, nats per label")
 
 
 def plot_history(path: Path, history: History) -> Path:
@@ -104,7 +106,7 @@ def plot_history(path: Path, history: History) -> Path:
         regimes.plot(*_series(history, name), color=color, label=name)
     regimes.axhline(0.02, color="C0", linestyle=":", label="backprop-like below")
     regimes.axhline(0.05, color="C3", linestyle=":", label="equilibrium below")
-    regimes.set(xlabel="optimiser step", title="Regime")
+    regimes.set(xlabel="optimiser step", ylabel="ratio", title="Regime")
     if any(value > 0 for name in ("relaxed_fraction", "residual") for value in _series(history, name)[1]):
         regimes.set_yscale("log")
     regimes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False)

@@ -1,0 +1,56 @@
+"""What a PCTrainer adds where a Trainer pushes: clear errors, a fuller card, and no token among what is pushed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer
+
+from hf_pc.config import PCConfig
+
+_TrainerPart: Any = Trainer if TYPE_CHECKING else object
+
+
+class Unsaved(str):
+    """A string that is left out where it would be pickled: `training_args.bin` is pushed with the weights."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unsaved:
+        return self
+
+
+class PushMixin(_TrainerPart):
+    """`Trainer.push_to_hub` and what it calls; raises what `hf_pc.hub.explained` does."""
+
+    pc_config: PCConfig
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        from hf_pc.hub import explained
+
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        with explained(name, token or self.args.hub_token):
+            super().init_hf_repo(token=token, private=private)
+
+    def push_to_hub(self, *args: Any, token: str | None = None, **kwargs: Any) -> Any:
+        """As `Trainer.push_to_hub`. Raises ConnectionError, PermissionError or FileNotFoundError, see `hf_pc.hub`."""
+        from hf_pc.hub import explained
+
+        name = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        with explained(name, token or self.args.hub_token, kwargs.get("revision") or self.args.hub_revision):
+            return super().push_to_hub(*args, token=token, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' own card with results, settings and the regime of this run; same signature."""
+        from hf_pc.cards import extend_card
+        from hf_pc.hub import auto_class
+
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            model = self.accelerator.unwrap_model(self.model)
+            loader = auto_class(getattr(model, "get_base_model", lambda: model)())
+            extend_card(Path(self.args.output_dir) / "README.md", self.pc_config, self.state.log_history, loader)
