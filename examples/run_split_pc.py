@@ -64,6 +64,8 @@ def batches(data: Any, size: int, seed: int, start: int) -> Iterator[dict[str, t
 def save(pc: SplitPCModel, tokenizer: Any, folder: Path, state: dict[str, Any], progress: dict[str, Any]) -> None:
     """The whole model and every process's optimizer, in a folder that appears when it is complete."""
     partial = folder.with_suffix(".partial")
+    if pc.stage.first:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that ended while it wrote
     pc.save_pretrained(partial)
     torch.save(state, partial / f"process_{pc.neighbours.index}_of_{pc.neighbours.count}.pt")
     PartialState().wait_for_everyone()

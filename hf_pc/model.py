@@ -24,7 +24,7 @@ from hf_pc.compilation import compile_forwards
 from hf_pc.config import PCConfig, read_json
 from hf_pc.learning import PLAIN, RULES, Phase
 from hf_pc.node import LEARN, RELAX, Node, Strength
-from hf_pc.output import Output, auxiliary_loss, routes
+from hf_pc.output import Output, auxiliary_loss, evaluating, routes
 from hf_pc.placement import layer_drop, resolve
 from hf_pc.processes import everywhere, is_sharded, process_count, process_index
 from hf_pc.relaxation import EVERY_PHASE, Relaxation, Share, add_sums, summary
@@ -323,13 +323,8 @@ class PCModel:
         if self.config.dropout == "replay":
             yield
             return
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             yield
-        finally:
-            for module in training:
-                module.training = True
 
     def relax(self, **inputs: Any) -> RelaxationOutput:
         """Relax to a batch and report where the states are; weights and gradients stay untouched.

@@ -56,6 +56,22 @@ def same_everywhere(values: Mapping[str, object]) -> None:
             raise ValueError(f"{name} differs between processes: {said}; one value for all of them is needed")
 
 
+@contextmanager
+def by_all(device: torch.device) -> Iterator[None]:
+    """What fails inside on one process ends it on all: the others raise RuntimeError, which says where and why.
+
+    Entered by all; an exception that leaves other processes waiting for messages inside cannot be told to them.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if not everywhere(error is None, device):
+        told = gathered(error and f"process {process_index()} failed: {type(error).__name__}: {error}")
+        raise error or RuntimeError("; ".join(text for text in told if text))
+
+
 def everywhere(holds: bool, device: torch.device) -> bool:
     """Whether something holds on every process."""
     if process_count() == 1:

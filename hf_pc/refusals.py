@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_pc.config import PCConfig
 from hf_pc.placement import layer_drop
-from hf_pc.processes import process_count, same_everywhere
+from hf_pc.processes import at_once, process_count, process_index, same_everywhere
 
 #: settings of TrainingArguments that all processes must share, or one of them waits for passes that never come
 SHARED = (
@@ -148,3 +148,15 @@ def check_processes(args: TrainingArguments, config: PCConfig, train_dataset: An
             f"accelerator_config.even_batches=False leaves {count} processes with unequal numbers of batches of "
             f"{rows} rows, and one would wait for ever; use True, or dataloader_drop_last=True"
         )
+
+
+def check_first_batch(batch: Mapping[str, Any]) -> None:
+    """Raise ValueError, on every process, where one of them is left without a sequence; called by every process.
+
+    What an iterable data set holds is known no sooner; later batches are filled up from the first one.
+    """
+    empty = any(isinstance(value, Tensor) and value.ndim and not len(value) for value in batch.values())
+    at_once(
+        f"the first batch has no sequence for process {process_index()}: train_dataset needs at least "
+        f"{process_count()} rows, one for each process" if empty else None
+    )  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -18,3 +19,15 @@ class RandomState:
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda.items():
             torch.cuda.set_rng_state(state, device)
+
+
+@contextmanager
+def own_stream(index: int, devices: Iterable[torch.device]) -> Iterator[None]:
+    """Inside, each process draws what no other does; behind it those that drew alike before do so again."""
+    seed = int(torch.randint(2**62, ()))
+    before = RandomState(devices)
+    torch.manual_seed(seed + index)
+    try:
+        yield
+    finally:
+        before.restore()

@@ -26,7 +26,7 @@ from hf_pc.model import PCModel
 from hf_pc.placement import resolve
 from hf_pc.processes import gathered, is_sharded, naming_the_lost, reducing
 from hf_pc.pushing import PushMixin, Unsaved
-from hf_pc.refusals import check_processes, refuse
+from hf_pc.refusals import check_first_batch, check_processes, refuse
 from hf_pc.relaxation import add_sums, summary
 from hf_pc.token_loss import BackpropSeq2SeqTrainer, BackpropTrainer, TokenLossMixin
 
@@ -143,6 +143,8 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
+        if self.pc is None:
+            check_first_batch(inputs)
         pc = self._attached()
         model.train()
         inputs = self._prepare_inputs(inputs)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_invariants import batch, make
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 from hf_pc import PCConfig, PCModel
 from hf_pc.distributed import SplitPCModel
-from hf_pc.processes import at_once
+from hf_pc.processes import at_once, gathered, same_everywhere
 
 STATE = {"solver": "state", "relative_std": 0.5, "sweeps": 12}
 #: architectures whose blocks are no chain, and what the error says of them
@@ -146,6 +147,33 @@ def dropout(folder: Path) -> None:
     assert repeated[0] != repeated[1]  # another step draws another mask
 
 
+def masks(folder: Path) -> None:
+    """Sweeps of a step share a mask; no two blocks do, nor two steps; and random numbers that were alike on all
+    processes before a step are so after it."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    model = BertForSequenceClassification(BertConfig(vocab_size=50, **sizes, num_labels=16)).train()
+    split = SplitPCModel(model, PCConfig(**{**STATE, "sweeps": 4}), split=[2, 2])
+    seen: dict[tuple[int, str], list[torch.Tensor]] = {}
+    done: list[Any] = []
+    watched = {str(i): block.output.dropout for i, block in zip(split.stage.own, split.stage.blocks, strict=True)}
+    watched |= {"head": model.dropout} if split.stage.last else {}
+    for name, module in watched.items():
+        module.register_forward_hook(
+            lambda m, args, out, _n=name: seen.setdefault((len(done), _n), []).append(out == 0)
+        )
+    inputs = {"input_ids": batch()["input_ids"], "labels": torch.arange(4)}
+    for _ in range(3):
+        done.append(split.accumulate_grad(**inputs))
+    assert min(len(drawn) for drawn in seen.values()) >= 2  # the first block of all runs at rest and to learn
+    assert all(torch.equal(mask, drawn[0]) for drawn in seen.values() for mask in drawn)
+    everyone = gathered({key: drawn[0] for key, drawn in seen.items()})
+    found = [mask for own in everyone for mask in own.values()]
+    assert len(found) == 3 * 5
+    assert not any(torch.equal(a, b) for a, b in combinations(found, 2))
+    same_everywhere({"what comes next": float(torch.rand(()))})
+
+
 def saving(folder: Path) -> None:
     """What is saved is the whole model, for plain transformers, PEFT, and any number of processes."""
     config = PCConfig(**STATE)
@@ -177,6 +205,17 @@ def saving(folder: Path) -> None:
     (folder / "a file").touch()
     with pytest.raises((FileExistsError, RuntimeError), match="a file is a file: a folder is needed"):
         split.save_pretrained(folder / "a file")
+    with pytest.raises((TypeError, RuntimeError), match="object is not callable"):  # whatever goes wrong there
+        split._from_first(None)  # type: ignore[arg-type]
+    variances = PCConfig(**STATE, energy="learned_variance")
+    learned, whole = SplitPCModel(make("gpt2"), variances), PCModel(make("gpt2"), variances)
+    for pc in (learned, whole):
+        pc.accumulate_grad(**batch())
+        pc.steer()
+    expected = whole.state_dict()["energies"]
+    found = learned.state_dict()["energies"]
+    assert found.keys() == expected.keys()
+    assert all(found[n]["log_std"] == pytest.approx(expected[n]["log_std"], abs=1e-5) for n in expected)
 
 
 def refusals(folder: Path) -> None:
@@ -194,11 +233,43 @@ def refusals(folder: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             SplitPCModel(make("gpt2"), config)
+    other = make("gpt2")
+    other.lm_head.weight.data[3] += rank
+    with pytest.raises(ValueError, match=r"parameter transformer.wte.weight differs between processes"):
+        SplitPCModel(other, PCConfig(**STATE))
+    other = make("llama")
+    other.config.rope_theta = 100.0 + rank
+    with pytest.raises(ValueError, match=r"config.rope_theta differs between processes: 100.0 on process 0, 101.0 on"):
+        SplitPCModel(other, PCConfig(**STATE))
+    other.config.rope_theta, other.config.layerdrop = 100.0, 0.1
+    with pytest.raises(ValueError, match=r"layerdrop=0.1 cannot be split"):
+        SplitPCModel(other, PCConfig(**STATE))
+    with pytest.raises(ValueError, match=r"split differs between processes: \[1, 2\] on process 0, \[2, 1\] on"):
+        SplitPCModel(make("gpt2"), PCConfig(**STATE), split=[1 + rank, 2 - rank])
     with pytest.raises(ValueError, match=r"split=\[3, 1\] is not allowed: 2 numbers .* add up to the 3 blocks"):
         SplitPCModel(make("gpt2"), PCConfig(**STATE), split=[3, 1])
     split = SplitPCModel(make("gpt2"), PCConfig(**STATE))
     with pytest.raises(ValueError, match="'input_ids' of the batch differs between processes"):
         split.accumulate_grad(**{**batch(), "input_ids": (batch()["input_ids"] + rank) % 50})
+    with pytest.raises(ValueError, match=r"num_items_in_batch differs between processes: 10.0 on process 0, 11.0 on"):
+        split.accumulate_grad(**batch(), num_items_in_batch=10 + rank)
+    with pytest.raises(ValueError, match="'input_ids' of the batch differs between processes: None on process 0"):
+        split.evaluate([batch()] * (1 + rank))
+    with pytest.raises(ValueError, match="'labels' of the batch differs between processes"):
+        split.evaluate([batch() if rank else {"input_ids": batch()["input_ids"]}])
+    for name, at, error, message in (
+        ("input_ids", 0, IndexError, "index out of range"), ("labels", 1, ValueError, "label 50 is out of range"),
+    ):  # fmt: skip
+        outside = {**batch(), name: torch.full((4, 16), 50)}
+        for run in (split.accumulate_grad, lambda **inputs: split.evaluate([inputs])):
+            with pytest.raises(error if rank == at else RuntimeError, match=message) as raised:
+                run(**outside)
+            assert rank == at or str(raised.value).startswith(f"process {at} failed: {error.__name__}: ")
+    split.accumulate_grad(**batch())
+    before = {name: p.grad.clone() for name, p in split.model.named_parameters() if p.grad is not None}
+    with pytest.raises(ValueError, match="every label of the batch is ignored"):
+        split.accumulate_grad(**{**batch(), "labels": torch.full((4, 16), -100)})
+    assert all(torch.equal(split.model.get_parameter(name).grad, kept) for name, kept in before.items())
     if rank == 0:  # on one process alone
         with pytest.raises(ValueError, match="is not allowed"):
             PCConfig(sweeps=0)
@@ -222,7 +293,7 @@ def death(folder: Path) -> None:
     (folder / "survived").touch()
 
 
-SCENARIOS = {f.__name__: f for f in (rules, all_architectures, middle, dropout, saving, refusals, death)}
+SCENARIOS = {f.__name__: f for f in (rules, all_architectures, middle, dropout, masks, saving, refusals, death)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from accelerate.utils import DistributedType
 from test_invariants import make
 from test_trainer import RELAXING, trainer
 
 from hf_pc import PCConfig, PCTrainingArguments
-from hf_pc.refusals import refuse
+from hf_pc.refusals import check_first_batch, refuse
 
 
 @pytest.mark.parametrize(
@@ -68,3 +69,10 @@ def test_a_model_that_was_split_when_loaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"distributed_config\.tp_size=2 is not supported: tensor parallelism"):
         trainer(tmp_path / "none", model=model)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_process_without_a_sequence_is_refused() -> None:
+    """An iterable data set of fewer rows than processes leaves one an empty first batch, known when it comes."""
+    check_first_batch({"labels": torch.zeros(1, 4), "scale": torch.tensor(1.0)})
+    with pytest.raises(ValueError, match="the first batch has no sequence for process 0: train_dataset needs"):
+        check_first_batch({"labels": torch.zeros(0, 4)})

@@ -33,6 +33,9 @@ def test_a_run_goes_on_from_its_last_checkpoint(
     """Interrupted after a save and started again, a run ends where the uninterrupted one does."""
     whole = run_split_pc.main([*flags, "--save_steps", "4", "--output_dir", str(tmp_path / "whole")])
     save = run_split_pc.save
+    left = tmp_path / "parts" / "last.partial"  # by a run of more processes that ended while it wrote
+    left.mkdir(parents=True)
+    (left / "process_1_of_2.pt").touch()
 
     def interrupted(*args: Any) -> None:
         save(*args)
@@ -46,6 +49,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(
     found = run_split_pc.main(parts)
     assert found == pytest.approx(whole, rel=1e-5)
     last = tmp_path / "parts" / "last"
+    assert [path.name for path in last.glob("process_*")] == ["process_0_of_1.pt"]
     assert json.loads((last / "progress.json").read_text())["step"] == 4
     assert AutoModelForCausalLM.from_pretrained(last).config.n_layer == 2
     assert AutoTokenizer.from_pretrained(last)("line")["input_ids"]

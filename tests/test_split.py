@@ -14,12 +14,14 @@ import torch
 from split_processes import STATE, compare
 from test_invariants import batch, make
 
+from hf_pc import PCConfig
+from hf_pc.distributed import SplitPCModel
 from hf_pc.distributed.chain import BEFORE, trace
 from hf_pc.distributed.cost import Costs, gpipe, step_seconds
 from hf_pc.distributed.partition import check_counts, fewest
 
 HERE = Path(__file__).parent
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
 
 
 def launch(processes: int, scenarios: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -29,7 +31,7 @@ def launch(processes: int, scenarios: str, folder: Path) -> subprocess.Completed
 
 
 @pytest.mark.parametrize(
-    ("processes", "scenarios"), [(2, "rules,dropout,saving,refusals"), (2, "all_architectures"), (3, "middle")]
+    ("processes", "scenarios"), [(2, "rules,dropout,masks,saving,refusals"), (2, "all_architectures"), (3, "middle")]
 )
 def test_several_processes(processes: int, scenarios: str, tmp_path: Path) -> None:
     """What each scenario of split_processes.py states holds on every process."""
@@ -83,6 +85,13 @@ def test_the_dearest_part_is_as_cheap_as_can_be(costs: list[float], parts: int, 
     assert sum(found) == len(costs)
     assert min(found) >= 1
     assert sums(found) == sums(expected)
+
+
+def test_a_launcher_without_a_process_group_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of several processes would train a model of its own, and nobody would be told."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2: a launcher started several processes, and they have no"):
+        SplitPCModel(make("gpt2"), PCConfig(solver="state"))
 
 
 @pytest.mark.parametrize("split", [[3], [2, 2], [3, 0], [4, -1]])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hf_pc.output import base_model
+from hf_pc.output import base_model, evaluating
 from hf_pc.placement import blocks
 
 #: positional and named arguments
@@ -98,14 +98,11 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Chain:
 
 def _logits(model: nn.Module, batch: Mapping[str, Any], handles: list[Any]) -> Tensor:
     """Logits of a pass in evaluation mode; the hooks are removed after it."""
-    training = model.training
-    model.eval()
     try:
-        with torch.enable_grad():  # what needs a gradient is to be seen
+        with evaluating(model), torch.enable_grad():  # what needs a gradient is to be seen
             logits: Tensor = model(**batch)["logits"].detach()
             return logits
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
 

@@ -15,8 +15,11 @@ plane above its last, whose slope is the signal from above.
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +36,13 @@ from hf_pc.energies import wide
 from hf_pc.hub import push
 from hf_pc.model import PCModel
 from hf_pc.node import LEARN, Boundary, Node
-from hf_pc.output import base_model, routes
-from hf_pc.placement import blocks
-from hf_pc.processes import at_once, process_count, same_everywhere
+from hf_pc.output import base_model, evaluating, routes
+from hf_pc.placement import blocks, layer_drop
+from hf_pc.processes import at_once, by_all, process_count, same_everywhere
 from hf_pc.processes import gathered as every_process
 from hf_pc.report import RelaxationOutput
 from hf_pc.reuse import FirstPrediction
+from hf_pc.rng import own_stream
 from hf_pc.solvers import SOLVERS
 from hf_pc.solvers.state import StateSolver
 
@@ -47,7 +51,8 @@ class SplitPCModel(PCModel):
     """A PCModel whose blocks are spread over the processes of the default group, in order of rank.
 
     Every process builds it from the same model and configuration, and is given the same batches; each then holds its
-    own blocks alone, and `parameters()` are those. With one process it is a PCModel.
+    own blocks alone, and `parameters()` are those. With one process it is a PCModel. The model itself no longer runs:
+    `evaluate`, or what `save_pretrained` wrote, is there to measure and generate with.
 
     Args:
         model: a transformers or PEFT model whose blocks are a chain (decoder-only or encoder-only).
@@ -58,7 +63,7 @@ class SplitPCModel(PCModel):
 
     Raises:
         ValueError: on every process, where the model or the configuration cannot be split, the processes were given
-            different ones, or there are more processes than blocks.
+            different ones, there are more processes than blocks, or a launcher's processes have no group yet.
     """
 
     def __init__(
@@ -70,13 +75,16 @@ class SplitPCModel(PCModel):
         example: Mapping[str, Any] | None = None,
     ) -> None:
         config = config or PCConfig(solver="state")
-        same_everywhere({f"PCConfig.{name}": value for name, value in config.to_dict().items()})
+        _check_group()
+        same_everywhere({f"PCConfig.{name}": value for name, value in config.to_dict().items()} | {"split": split})
         same_everywhere(_signature(model))
         found = blocks(model)
         counts: list[int] = []
         failure = None
         try:
             _check_config(config)
+            if drop := layer_drop(model):
+                raise ValueError(f"{drop} cannot be split: processes would leave out different blocks; set it to 0")
             chain = trace(model, _example(model, example))
             counts = check_counts(split, len(found), process_count()) if split else balanced(model, chain)
         except ValueError as error:
@@ -119,24 +127,30 @@ class SplitPCModel(PCModel):
             self.model.eval()
         if self.relaxation.at_rest:
             self.stage.forget_random()
-        if self.relaxation.at_rest or (self.stage.first and self.relaxation.mode == LEARN):
-            self._entered = self.stage.enter(batch)
+        at_rest = self.relaxation.at_rest
+        if at_rest or (self.stage.first and self.relaxation.mode == LEARN):
+            with by_all(self.neighbours.device) if at_rest else nullcontext():  # the first alone looks up inputs
+                self._entered = self.stage.enter(batch)
         above = None
         self._calling = True
         try:
-            if self.relaxation.at_rest:
+            if at_rest:
                 self._first_pass()
             else:
                 above = self._sweep()
         finally:
             self._calling = False
         top = self.relaxation.sites[-1]
+        outputs, energy = {}, torch.zeros(len(labels), device=labels.device)
+        with by_all(self.neighbours.device) if at_rest else nullcontext():  # the last alone looks at labels
+            if self.stage.last:
+                outputs = self.stage.leave(batch, top.leaf.to(self._entered.dtype, copy=True))
+                energy = self.output.total(outputs, labels)
+        energy = self.relaxation.note_output(energy)
         if not self.stage.last:
-            self.relaxation.note_output(torch.zeros(len(labels), device=labels.device))
             slope = torch.zeros_like(top.leaf) if above is None else above.wait()  # at rest no signal comes yet
-            return {}, (top.leaf * slope).flatten(1).sum(1)
-        outputs = self.stage.leave(batch, top.leaf.to(self._entered.dtype, copy=True))
-        return outputs, self.relaxation.note_output(self.output.total(outputs, labels))
+            energy = (top.leaf * slope).flatten(1).sum(1)
+        return outputs, energy
 
     def _first_pass(self) -> None:
         """The feedforward pass, one process after the other: states start at their predictions."""
@@ -189,43 +203,59 @@ class SplitPCModel(PCModel):
         self, inputs: Mapping[str, Any], mode: str, items: Tensor | int | None,
         weight_step: Callable[[Tensor], None] | None = None,
     ) -> RelaxationOutput:  # fmt: skip
-        self._check_batch(inputs)
+        self._check_batch(inputs, items)
         before = [(p, p.grad) for p in self.shared.parameters()]
         for parameter, _ in before:
             parameter.grad = None
-        report = super()._run(inputs, mode, items, weight_step)
-        self.shared.sum_gradients(self.neighbours)
-        for parameter, kept in before:
-            if kept is not None:
-                parameter.grad = kept if parameter.grad is None else parameter.grad + kept
+        try:
+            with own_stream(self.neighbours.index, (p.device for p in self.parameters())):
+                report = super()._run(inputs, mode, items, weight_step)
+            self.shared.sum_gradients(self.neighbours)
+        finally:
+            for parameter, kept in before:
+                if kept is not None:
+                    parameter.grad = kept if parameter.grad is None else parameter.grad + kept
         return report
 
-    def _check_batch(self, inputs: Mapping[str, Any]) -> None:
+    def _check_batch(self, inputs: Mapping[str, Any], items: Tensor | int | None = None) -> None:
         """Raise ValueError everywhere if the processes were not given the same batch."""
-        same_everywhere({f"{n!r} of the batch": _fingerprint(v) for n, v in inputs.items() if isinstance(v, Tensor)})
+        own = {f"{n!r} of the batch": _fingerprint(v) for n, v in inputs.items() if isinstance(v, Tensor)}
+        same_everywhere(own | {"num_items_in_batch": None if items is None else float(items)})
+
+    def steer(self, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> None:
+        """As `PCModel.steer`; called by every process, each of which then knows what the energies of all learned."""
+        super().steer(reduce)
+        own = {n.name: n.energy.state_dict() for n in self._module_nodes if n.module in self.stage.blocks}
+        learned = {name: state for part in every_process(own) for name, state in part.items()}
+        for node in self._module_nodes:
+            if node.name not in own:
+                node.energy.load_state_dict(learned[node.name])
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Any]]) -> float:
         """Nats per label token of plain forward passes over batches, the same on every process."""
-        training, totals = self.model.training, torch.zeros(2, dtype=torch.float64, device=self.neighbours.device)
-        self.model.eval()
-        try:
-            for inputs in batches:
+        device = self.neighbours.device
+        totals = torch.zeros(2, dtype=torch.float64, device=device)
+        with evaluating(self.model):
+            for inputs in itertools.chain(batches, [None]):  # that all come to the end together is checked too
+                self._check_batch(inputs or {})
+                if inputs is None:
+                    break
                 batch, labels = self._split(inputs, self.phases[0])
-                state = self.stage.enter(batch)
+                with by_all(device):
+                    state = self.stage.enter(batch)
                 if not self.stage.first:
                     received = self.neighbours.receive(self.neighbours.index - 1, wide(state)).wait()
                     state = received.to(state.dtype)
                 self.stage.forget_random()
                 for position in range(len(self.stage.blocks)):
                     state = self.stage.call(position, state)
-                if self.stage.last:
-                    energy = self.output.total(self.stage.leave(batch, state), labels).sum()
-                    totals += torch.stack([energy.double(), labels.ne(-100).sum().double()]).to(totals)
-                else:
+                if not self.stage.last:
                     self.neighbours.send(self.neighbours.index + 1, wide(state))
-        finally:
-            self.model.train(training)
+                with by_all(device):
+                    if self.stage.last:
+                        energy = self.output.total(self.stage.leave(batch, state), labels).sum()
+                        totals += torch.stack([energy.double(), labels.ne(-100).sum().double()]).to(totals)
         nats, tokens = self.neighbours.sum(totals).tolist()
         if not tokens:
             raise ValueError("the batches hold no label: there is nothing to evaluate")
@@ -256,18 +286,20 @@ class SplitPCModel(PCModel):
 
     def _from_first(self, do: Callable[[dict[str, Tensor]], Any]) -> Any:
         """Let process 0 do something with the whole state_dict; where it fails every process raises."""
-        state, result, error = gathered(self.stage, self.neighbours), None, None
-        if state is not None:
-            try:
+        state, result = gathered(self.stage, self.neighbours), None
+        with by_all(self.neighbours.device):
+            if state is not None:
                 result = do(state)
-            except (OSError, ValueError, RuntimeError) as caught:
-                error = caught
-        failures = every_process(error and f"process 0 failed: {error}")
-        if error is not None:
-            raise error
-        if failures[0]:
-            raise RuntimeError(failures[0])
         return result
+
+
+def _check_group() -> None:
+    started = os.environ.get("WORLD_SIZE", "1")
+    if process_count() == 1 and started != "1":
+        raise ValueError(
+            f"WORLD_SIZE={started}: a launcher started several processes, and they have no process group; call "
+            "torch.distributed.init_process_group or accelerate.PartialState first"
+        )
 
 
 def _check_config(config: PCConfig) -> None:
@@ -284,8 +316,16 @@ def _check_config(config: PCConfig) -> None:
 
 
 def _signature(model: nn.Module) -> dict[str, object]:
-    kinds = {f"parameter {n}": (tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in model.named_parameters()}
-    return {"the model": type(base_model(model)).__name__, **kinds}
+    base = base_model(model)
+    config = getattr(base, "config", None)
+    settings = {} if config is None else config.to_dict()
+    own: dict[str, object] = {"the model": type(base).__name__}
+    own |= {f"config.{name}": value for name, value in settings.items() if "name_or_path" not in name}
+    for name, parameter in model.named_parameters():
+        kind = tuple(parameter.shape), str(parameter.dtype), parameter.requires_grad
+        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 1000)]  # of other weights these differ too
+        own[f"parameter {name}"] = kind, _fingerprint(some)
+    return own
 
 
 def _example(model: nn.Module, example: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -304,6 +344,6 @@ def _example(model: nn.Module, example: Mapping[str, Any] | None) -> dict[str, A
 
 def _fingerprint(tensor: Tensor) -> tuple[object, ...]:
     """Of a batch's tensor what two different ones are most unlikely to share."""
-    flat = tensor.detach().flatten().double()
+    flat = tensor.detach().flatten().double().nan_to_num(nan=math.pi)  # nothing equals nan
     places = torch.arange(1, len(flat) + 1, device=flat.device, dtype=torch.float64)
     return (tuple(tensor.shape), float(flat.sum()), float((flat * places.remainder(997)).sum()))

@@ -133,15 +133,19 @@ class Stage:
         raise RuntimeError("the last block of this process did not run")
 
     def forget_random(self) -> None:
-        """Begin a step: the dropout masks of each block are drawn anew in its first call."""
+        """Begin a step: dropout masks are drawn anew, those of each block in its first call."""
         self._random = []
+
+    def _replay(self, position: int) -> None:
+        """Whatever ran since, what runs at this position draws what it drew in its first call of the step."""
+        if position == len(self._random):
+            self._random.append(RandomState(p.device for p in self.model.parameters()))
+        else:
+            self._random[position].restore()
 
     def call(self, position: int, state: Tensor) -> Any:
         """Run the block at this position here on a state; its hook does the rest. Every call sees the same dropout."""
-        if position == len(self._random):
-            self._random.append(RandomState(p.device for p in self.blocks[position].parameters()))
-        else:
-            self._random[position].restore()
+        self._replay(position)
         args, kwargs = with_hidden(*self._arguments[position], state)
         with self.timeline.noted(f"block {self.own[position]}"):
             output = self.blocks[position](*args, **kwargs)
@@ -153,6 +157,7 @@ class Stage:
         def block(index: int, args: Any, kwargs: Any) -> Any:
             return self._passed_on(index, state if index == self.own[-1] else hidden_of(args, kwargs))
 
+        self._replay(len(self.blocks))
         with self.timeline.noted("after"), self._standing_in(block):
             return self.model(**batch)
 
