@@ -72,9 +72,19 @@ def save(pc: SplitPCModel, tokenizer: Any, folder: Path, state: dict[str, Any], 
     if pc.stage.first:
         tokenizer.save_pretrained(partial)
         (partial / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
+        before = folder.with_suffix(".before")
+        if folder.is_dir():
+            shutil.rmtree(before, ignore_errors=True)
+            folder.rename(before)
         partial.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
     PartialState().wait_for_everyone()
+
+
+def whole(folder: Path) -> Path:
+    """The last checkpoint that is complete; the one before, where a run ended between the two renames of `save`."""
+    before = folder.with_suffix(".before")
+    return before if before.is_dir() and not folder.is_dir() else folder
 
 
 def own_state(folder: Path, pc: SplitPCModel) -> Path:
@@ -96,7 +106,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     PartialState(cpu=not torch.cuda.is_available())  # the process group, if a launcher started several
     set_seed(args.seed)
     data = load_text(data_args, model_args.cache_dir, model_args.token)
-    last = args.output_dir / "last"
+    last = whole(args.output_dir / "last")
     resumed = json.loads((last / "progress.json").read_text(encoding="utf-8")) if last.is_dir() else {"step": 0}
     if resumed["step"]:
         model_args.model_name_or_path, model_args.config_overrides = str(last), None
@@ -133,7 +143,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
                      "random": torch.get_rng_state(),
                      "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}  # fmt: skip
-            save(pc, tokenizer, last, state, results)
+            save(pc, tokenizer, args.output_dir / "last", state, results)
             if pc.stage.first:
                 print(json.dumps(results), flush=True)
     pc.detach()
