@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from hf_pc.energies import ENERGIES, LogitEnergy
+from hf_pc.energies import ENERGIES, LogitEnergy, wide
 from hf_pc.node import Node
 from hf_pc.output import base_model
 
@@ -125,11 +125,13 @@ def attention_forward(
     masked_first = owner is None or issubclass(ENERGIES[owner.energy], LogitEnergy)
     if attention_mask is not None and masked_first:
         logits = logits + attention_mask
+    elif attention_mask is not None:  # but what is impossible moves nothing either
+        logits = logits.masked_fill(attention_mask < LogitEnergy.MASKED, 0)
     if owner is not None:
         logits = owner.join(module, logits)
     if attention_mask is not None and not masked_first:
         logits = logits + attention_mask
-    probabilities = logits.softmax(-1, dtype=torch.float32).to(value.dtype)
+    probabilities = wide(logits).softmax(-1).to(value.dtype)
     dropped = nn.functional.dropout(probabilities, p=dropout, training=module.training)
     return (dropped @ value).transpose(1, 2).contiguous(), probabilities
 

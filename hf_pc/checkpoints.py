@@ -7,16 +7,15 @@ push, and the next save clears it away.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 
-from hf_pc.config import PCConfig
+from hf_pc.config import PCConfig, read_json_file
 from hf_pc.model import STATE_NAME, PCModel
 from hf_pc.steering import check_state
 
@@ -47,15 +46,26 @@ class CheckpointMixin(_TrainerPart):
         try:
             super()._save_checkpoint(model, trial)
             self._finish_checkpoint()
+        except Exception as error:
+            error.add_note(
+                f"the checkpoint of step {self.state.global_step} was not written; those in {run} are whole"
+            )
+            raise
         finally:
             self._writing = None
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+        if self.args.should_save and self.args.save_total_limit:
+            self._rotate(run, self.args.save_total_limit)
+
+    def _rotate(self, run: Path, limit: int) -> None:
+        """Keep so many checkpoints, as the Trainer does; what goes is no checkpoint from when it begins to go."""
+        found = [Path(path) for path in sort_checkpoints(str(run), use_mtime=True)]
+        kept = {found[-1]} | {path for path in found if str(path) == self.state.best_model_checkpoint}
+        leaving = [path for path in found if path not in kept][: max(0, len(found) - max(limit, len(kept)))]
+        for path in leaving:
+            (run / UNFINISHED).mkdir(exist_ok=True)
+            path.rename(run / UNFINISHED / path.name)
+        if leaving:
+            shutil.rmtree(run / UNFINISHED, ignore_errors=True)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         super()._push_from_checkpoint(str(self._finish_checkpoint() or checkpoint_folder))
@@ -96,7 +106,7 @@ class CheckpointMixin(_TrainerPart):
         path = Path(resume_from_checkpoint) / STATE_NAME
         if path.is_file():
             try:
-                self._restored = json.loads(path.read_text(encoding="utf-8"))
+                self._restored = read_json_file(path)
                 check_state(self._restored)
             except ValueError as error:
                 raise ValueError(f"{path} cannot be resumed from: {error}") from error

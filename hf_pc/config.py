@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +39,16 @@ def _check_known(owner: str, given: dict[str, Any], cls: type) -> None:
 def _check_string(owner: str, name: str, value: object) -> None:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{owner}.{name}={value!r} is not allowed: a non-empty string is needed")
+
+
+def _split(text: str) -> list[str]:
+    """The parts between commas, but for those inside brackets, which belong to a regular expression."""
+    ends, depth = [-1], 0
+    for i, character in enumerate(text):
+        depth = max(0, depth + (character in "([{") - (character in ")]}"))
+        if character == "," and not depth:
+            ends.append(i)
+    return [text[start + 1 : end] for start, end in zip(ends, [*ends[1:], len(text)], strict=True)]
 
 
 @dataclass(frozen=True)
@@ -262,7 +271,7 @@ class PCConfig:
     def _normalise_nodes(self) -> None:
         if isinstance(self.nodes, str):
             _check_string("PCConfig", "nodes", self.nodes)
-            parts = re.split(r",(?![^{\[(]*[}\])])", self.nodes)  # not at the commas inside a regular expression
+            parts = _split(self.nodes)
             if len(parts) > 1:
                 self.nodes = [NodeSpec.parse(part.strip()) for part in parts]
         elif isinstance(self.nodes, (list, tuple)) and self.nodes:
@@ -291,7 +300,10 @@ class PCConfig:
         if not isinstance(values, dict):
             raise ValueError(f"a PCConfig is made from a JSON object, not from {type(values).__name__}")
         _check_known("PCConfig", values, cls)
-        return cls(**values)
+        try:
+            return cls(**values)
+        except RecursionError:
+            raise ValueError("a PCConfig is made from a JSON object, not from one that is nested so deeply") from None
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write `pc_config.json` into `folder` and return its path."""
@@ -327,7 +339,15 @@ def read_json(path_or_repo: str | os.PathLike[str], name: str, **hub_kwargs: Any
     found = cached_file(str(path_or_repo), name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
     if found is None:
         return None
+    return read_json_file(Path(found))
+
+
+def read_json_file(path: Path) -> Any:
+    """What a JSON file holds. Raises ValueError if it is none, or holds nothing."""
     try:
-        return json.loads(Path(found).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{found} is not a JSON file: {error}") from error
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    if values is None:
+        raise ValueError(f"{path} holds null: an object is needed")
+    return values

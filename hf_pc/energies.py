@@ -295,7 +295,10 @@ class LearnedVarianceEnergy(Energy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if "log_std" in state:
-            self.log_std = torch.tensor(state["log_std"], dtype=torch.float64)
+            given, most = state["log_std"], self.LIMIT
+            if not isinstance(given, list) or not all(type(v) in (int, float) and abs(v) <= most for v in given):
+                raise ValueError(f"log_std={given!r} is not allowed: numbers from {-most:g} to {most:g} are needed")
+            self.log_std = torch.tensor(given, dtype=torch.float64)
 
 
 def relative_precision(prediction: Tensor, relative_std: float) -> Tensor:

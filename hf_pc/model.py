@@ -80,7 +80,7 @@ class PCModel:
 
     def attach(self) -> None:
         """Put the nodes onto the model. Raises ValueError if some PCModel is attached to it already."""
-        if any(node.module in _ATTACHED for node in self._module_nodes):
+        if any(module in _ATTACHED for module in self.model.modules()):
             raise ValueError(
                 f"{type(self.model).__name__} has PC nodes already: detach() the PCModel that put them there"
             )
@@ -184,30 +184,34 @@ class PCModel:
         routed = routes(self.model, batch)  # a router's losses are gathered inside the blocks
         strength = Strength(self.config.precision, self.relative_std, self.steering.activity)
         signs = self.steering.signs(len(labels)) if phase.mirrored else None
-        self.relaxation = Relaxation(
-            len(labels), count, strength, self.solver.join, phase, self._before, signs, self.share
-        )
-        forward = self.model if weight_step is None or forward is None else forward
-        self._sharded = is_sharded(self.model)
-        together = self._sharded or (weight_step is not None and process_count() > 1)
-        if together:  # every pass is a meeting of all processes
-            device = next(self.model.parameters()).device
-            self.relaxation.agree = lambda holds: everywhere(holds, device)
-        # a sharded model gathers a block for one backward pass through it, which pieces would not be
-        self.relaxation.pieces = not self._sharded and forward is self.model
-        self.relaxation.followed = first and any(other.warm for other in self.phases)
-        # what waits at a site is taken up by the last phase, if that has the same sites
-        later = phase is not PLAIN and phase is not self.phases[-1] and all(other.warm for other in self.phases[1:])
-        self._defers = later and not routed
-        self.relaxation.weights = [p for p in self.model.parameters() if p.requires_grad]
-        if any(phase.own_labels for phase in self.phases) and first:
-            # taken before the generator is noted: what is restored in every pass would give every step the same draw
-            self._draw_seed = int(torch.randint(2**62, ())) + process_index()
-        if first:  # the phases of a step see the same dropout masks
-            self._dropout_state = RandomState(p.device for p in self.model.parameters())
-        self._random = self._dropout_state
         over = True  # also where an exception ends the step
         try:
+            self.relaxation = Relaxation(
+                len(labels), count, strength, self.solver.join, phase, self._before, signs, self.share
+            )
+            if not self.output.keep_labels:  # the mask of an encoder is none of its decoder
+                self.relaxation.note_padding(batch.get("attention_mask"))
+            forward = self.model if weight_step is None or forward is None else forward
+            self._sharded = is_sharded(self.model)
+            together = self._sharded or (weight_step is not None and process_count() > 1)
+            if together:  # every pass is a meeting of all processes
+                device = next(self.model.parameters()).device
+                self.relaxation.agree = lambda holds: everywhere(holds, device)
+            # a sharded model gathers a block for one backward pass through it, which pieces would not be
+            self.relaxation.pieces = not self._sharded and forward is self.model
+            self.relaxation.followed = first and any(other.warm for other in self.phases)
+            # what waits at a site is taken up by the last phase, if that has the same sites
+            later = (
+                phase is not PLAIN and phase is not self.phases[-1] and all(other.warm for other in self.phases[1:])
+            )
+            self._defers = later and not routed
+            self.relaxation.weights = [p for p in self.model.parameters() if p.requires_grad]
+            if any(phase.own_labels for phase in self.phases) and first:
+                # before the generator is noted: what is restored in every pass would give every step the same draw
+                self._draw_seed = int(torch.randint(2**62, ())) + process_index()
+            if first:  # the phases of a step see the same dropout masks
+                self._dropout_state = RandomState(p.device for p in self.model.parameters())
+            self._random = self._dropout_state
             with self._dropout():
                 with ExitStack() as relaxing:
                     if weight_step is None:
@@ -310,9 +314,9 @@ class PCModel:
     def _frozen(self) -> Iterator[None]:
         # a gathered parameter keeps what its shard required when it was first gathered; autograd.grad leaves it alone
         trained = [] if self._sharded else [p for p in self.model.parameters() if p.requires_grad]
-        for parameter in trained:
-            parameter.requires_grad_(False)
         try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
             yield
         finally:
             for parameter in trained:

@@ -144,6 +144,7 @@ class Site:
         self.energy: Tensor
         self.rest_energy: Tensor  # the energy of no error, such as the logarithm of a learned sigma
         self.prediction_square: Tensor
+        self.size: int | Tensor  # how many numbers that is the sum over
         self.gradient_square: Tensor
         self.signal_square: Tensor
 

@@ -34,8 +34,8 @@ def base_model(model: nn.Module) -> nn.Module:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, every module is in evaluation mode; behind it in the mode that it was in."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module in training:

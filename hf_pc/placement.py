@@ -111,7 +111,7 @@ def _matches(pattern: str, name: str) -> bool:
         return True
     try:
         return re.fullmatch(pattern, name) is not None
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
 
 

@@ -1,4 +1,4 @@
-"""The command that made a run, fit to be published: no secrets, no folders of the machine it ran on."""
+"""The command and the arguments that made a run, fit to be published: no secrets, no folders of its machine."""
 
 from __future__ import annotations
 
@@ -7,11 +7,27 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 #: flags whose value is nobody else's business
 _SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 #: what is one whatever its flag, as an abbreviated --hub_tok
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
+
+
+class Secret(str):
+    """A token that a pickle holds None of: a Trainer pickles its arguments into what it pushes."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def __copy__(self) -> Secret:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Secret:
+        return self
 
 
 def _public(argument: str) -> str:

@@ -1,4 +1,4 @@
-"""What a PCTrainer adds where a Trainer pushes: clear errors, a fuller card, and no token among what is pushed."""
+"""What a PCTrainer adds where a Trainer pushes: clear errors, and a fuller card."""
 
 from __future__ import annotations
 
@@ -10,18 +10,6 @@ from transformers import Trainer
 from hf_pc.config import PCConfig
 
 _TrainerPart: Any = Trainer if TYPE_CHECKING else object
-
-
-class Unsaved(str):
-    """A string that is left out where it would be pickled: `training_args.bin` is pushed with the weights."""
-
-    __slots__ = ()
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Unsaved:
-        return self
 
 
 class PushMixin(_TrainerPart):

@@ -70,6 +70,7 @@ class Relaxation:
         self.signs = signs
         self._join = join
         self.tokens = tokens
+        self._present: Tensor | None = None  # where the batch is no padding, [batch, sequence]; None: everywhere
         self._strength = strength
         self.sites: list[Site] = []
         self._of_node: dict[str, list[Site]] = {}
@@ -148,6 +149,25 @@ class Relaxation:
         for site in self.sites:
             site.signal = None
 
+    def note_padding(self, mask: Any) -> None:
+        """Take up an attention mask, [batch, sequence]: where it is 0 no state moves, and no activity is measured."""
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all()):
+            self._present = mask.ne(0)
+
+    def _present_at(self, site: Site) -> Tensor | None:
+        """The same, broadcast against the states of a site; None where there is no padding among them."""
+        mask, shape = self._present, site.shape
+        if mask is not None and len(shape) == 3 and shape[:2] == mask.shape:
+            return mask[:, :, None].to(site.error.device)
+        if mask is not None and site.node.in_nats and (shape[0], shape[2]) == mask.shape:  # logits of attention
+            return mask[:, None, :, None].to(site.error.device)
+        return None
+
+    def without_padding(self, site: Site, values: Tensor) -> Tensor:
+        """`values`, shaped as the states of a site, with zeros where the batch is padding."""
+        present = self._present_at(site)
+        return values if present is None else torch.where(present, values, 0)
+
     def hold(self, weight: Tensor, gradient: Tensor) -> None:
         """Keep a weight's gradient, in nats, until the loss's `backward()` tells its scale."""
         self._held[weight] = self._held[weight] + gradient if weight in self._held else gradient
@@ -159,7 +179,11 @@ class Relaxation:
             site.prediction = wide(mu.detach())
         state = self._join(self, site, mu)
         if self.at_rest:
-            site.prediction_square = site.squares(node.energy.activity(mu.detach()), self.batch)
+            site.prediction_square = site.squares(
+                self.without_padding(site, node.energy.activity(mu.detach())), self.batch
+            )
+            present = self._present_at(site)
+            site.size = mu.numel() if present is None else present.expand(mu.shape).sum()
         if self.at_rest and node.energy.zero_at_rest:
             site.energy = torch.zeros(self.batch, dtype=torch.float64, device=mu.device)
         else:
@@ -301,7 +325,7 @@ class Relaxation:
             sums[f"energy/{site.label}"] = site.energy.sum()
             sums[f"error_square/{site.label}"] = site.squares(site.error.detach(), self.batch).sum()
             sums[f"prediction_square/{site.label}"] = site.prediction_square.sum()
-            sums[f"size/{site.label}"] = scalar(site.shape.numel())
+            sums[f"size/{site.label}"] = scalar(site.size)
         return self.share.merge({name: value.detach().cpu() for name, value in sums.items()})
 
 

@@ -13,6 +13,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from hf_pc.callbacks import PCProgressCallback
 from hf_pc.output import IGNORED, Output, auxiliary_loss
+from hf_pc.provenance import Secret
 
 _TrainerPart: Any = Trainer if TYPE_CHECKING else object
 
@@ -33,6 +34,8 @@ class TokenLossMixin(_TrainerPart):
     def __init__(self, model: Any = None, args: Any = None, *rest: Any, output: str = "auto", **kwargs: Any) -> None:
         self._check(model, args, kwargs)  # before the Trainer makes its output folder
         super().__init__(model, args, *rest, **kwargs)
+        if self.args.hub_token is not None:
+            self.args.hub_token = Secret(self.args.hub_token)
         self.output = Output.of(self.model, output)
         self.model_accepts_loss_kwargs = True  # ask the Trainer to count label tokens, whatever the model's class
         self._loss_shifts_labels = self.output.shifted

@@ -25,7 +25,7 @@ from hf_pc.heatmap import EnergyHeatmap
 from hf_pc.model import PCModel
 from hf_pc.placement import resolve
 from hf_pc.processes import gathered, is_sharded, naming_the_lost, reducing
-from hf_pc.pushing import PushMixin, Unsaved
+from hf_pc.pushing import PushMixin
 from hf_pc.refusals import check_first_batch, check_processes, refuse
 from hf_pc.relaxation import add_sums, summary
 from hf_pc.token_loss import BackpropSeq2SeqTrainer, BackpropTrainer, TokenLossMixin
@@ -93,8 +93,6 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
         self._window: dict[str, Tensor] = {}
         self._probed: set[int] = set()
         self._restored: dict[str, Any] | None = None
-        if self.args.hub_token is not None:
-            self.args.hub_token = Unsaved(self.args.hub_token)
         patience = getattr(self.args, "nonfinite_patience", PCTrainingArguments.nonfinite_patience)
         self.add_callback(SteeringCallback(self))
         self.add_callback(NonFiniteGuard(self, patience))

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 from test_trainer import trainer
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
@@ -62,3 +67,60 @@ def test_a_step_saved_before_is_replaced(tmp_path: Path) -> None:
         state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
         assert state["log_history"][0]["learning_rate"] == rate
     assert names(tmp_path) == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("share", [0.001, 0.5, 1.5])
+def test_a_full_disk(tmp_path: Path, share: float) -> None:
+    """No file can grow beyond a part of the weights' size: JSON, weights or optimizer are cut off in the middle. The
+    error says what is whole, and the run resumes from there."""
+    run = trainer(tmp_path, **SAVING)
+    write = run._save_checkpoint
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*args: Any) -> None:
+        if run.state.global_step == 2:
+            size = (tmp_path / "checkpoint-1" / "model.safetensors").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), unlimited[1]))
+        write(*args)
+
+    run._save_checkpoint = limited
+    try:
+        with pytest.raises((OSError, RuntimeError, SafetensorError)) as told:
+            run.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert "the checkpoint of step 2 was not written" in "".join(told.value.__notes__)
+    assert [name for name in names(tmp_path) if name.startswith("checkpoint")] == ["checkpoint-1"]
+    again = trainer(tmp_path, **SAVING)
+    again.train(resume_from_checkpoint=True)
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
+
+
+def test_what_is_being_removed_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies while an old checkpoint is removed leaves none of half its files."""
+    run = trainer(tmp_path, save_total_limit=1, **SAVING)
+    remove = shutil.rmtree
+
+    def die(path: Any, **kwargs: Any) -> None:
+        if (Path(path) / "checkpoint-1").exists():
+            (Path(path) / "checkpoint-1" / "model.safetensors").unlink()
+            raise KeyboardInterrupt
+        remove(path, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert names(tmp_path) == ["_unfinished", "checkpoint-2"]
+
+
+def test_killed_at_any_moment() -> None:
+    """Killed three times, a run resumes from whole checkpoints and ends with the weights of one left alone."""
+    script = Path(__file__).parents[1] / "examples" / "benchmarks" / "killed.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--kills", "3", "--steps", "4"], text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["kills"] == 3
+    assert last["identical"] == last["runs"] >= 1
+    assert last["not_whole"] == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_invariants import make
 
@@ -64,6 +64,7 @@ JSON = st.recursive(
 FIELDS = st.sampled_from(list(PCConfig().to_dict()))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # of other work on the machine
 @given(st.dictionaries(FIELDS | st.text(max_size=5), JSON, max_size=4) | JSON)
 def test_malformed_files_are_value_errors(values: Any) -> None:
     """Whatever JSON is in the file, the outcome is a configuration or a ValueError."""

@@ -84,7 +84,8 @@ class StateSolver(Solver):
     def join(self, relaxation: Relaxation, site: Site, mu: Tensor) -> Tensor:
         if relaxation.at_rest:
             site.leaf = wide(mu.detach()).clone().requires_grad_()
-        site.error = site.leaf.detach() - wide(mu.detach())
+        # what is predicted of padding moves with the states that it reads, and no label says where to
+        site.error = relaxation.without_padding(site, site.leaf.detach() - wide(mu.detach()))
         if not (self.piecewise and relaxation.pieces):
             state: Tensor = StateFunction.apply(mu, site.leaf, site, relaxation, self)  # type: ignore[no-untyped-call]
             return state
@@ -127,6 +128,7 @@ class StateSolver(Solver):
             signal = torch.zeros_like(site.error) if g is None else g
             if site.signal is not None:
                 signal = signal + site.signal
+            signal = relaxation.without_padding(site, signal)
             site.gradient = self.own_gradient(site) + signal
             relaxation.measure(site, signal, site.gradient)
 

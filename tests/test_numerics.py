@@ -1,0 +1,110 @@
+"""Half precision, logits of any size, sequences and batches of one: held against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_invariants import batch, gradients, make
+from torch import Tensor
+
+from hf_pc import PCConfig, PCModel
+
+CONFIG = {"sweeps": 3, "relative_std": 0.3}
+
+
+def learned(model: Any, inputs: dict[str, Tensor], scale: float = 1.0, **values: Any) -> dict[str, Tensor]:
+    """Gradients in float64, of a loss that was scaled on its way to `backward()`, as a gradient scaler does."""
+    pc = PCModel(model, PCConfig(**{**CONFIG, **values}))
+    for phase in pc.phases:
+        with pc.relaxed(inputs, phase=phase) as relaxation:
+            loss, _ = pc.learning_pass(inputs)
+            (scale * loss / relaxation.tokens).backward()
+            pc.observe(relaxation)
+            assert bool(relaxation.free_energy().isfinite().all())
+    pc.detach()
+    return {name: gradient.double() / scale for name, gradient in gradients(model).items()}
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    gap = sum(float((found[name] - gradient).square().sum()) for name, gradient in expected.items())
+    return (gap / sum(float(gradient.square().sum()) for gradient in expected.values())) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "rounding"), [(torch.bfloat16, 1.0, 0.03), (torch.float16, 1024.0, 0.004), (None, 1.0, 1e-5)]
+)
+@pytest.mark.parametrize("values", [{}, {"learning": "centred"}, {"energy": "laplace"}], ids=str)
+def test_low_precision_learns_the_same(dtype: Any, scale: float, rounding: float, values: dict[str, Any]) -> None:
+    """Weights in bfloat16, in float16 with a scaled loss and in float32 get float64's gradient, to their rounding."""
+    expected = learned(make("gpt2").to(dtype or torch.float32).double(), batch(), **values)
+    found = learned(make("gpt2").to(dtype or torch.float32), batch(), scale, **values)
+    assert distance(found, expected) < rounding
+
+
+@pytest.mark.parametrize("solver", ["state", "lagrangian"])
+def test_states_learn_the_same_in_float32(solver: str) -> None:
+    """Errors that are differences of states have fewer digits: in float32 enough of them."""
+    found, expected = (learned(make("gpt2").to(dtype), batch(), solver=solver) for dtype in (None, torch.float64))
+    assert distance(found, expected) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_learns_the_same(dtype: torch.dtype) -> None:
+    """Under autocast, with the loss scaled, the gradient is float64's to the rounding of the states."""
+    expected = learned(make("gpt2").double(), batch())
+    with torch.autocast("cpu", dtype=dtype):
+        found = learned(make("gpt2"), batch(), 256.0)
+    assert distance(found, expected) < 0.03
+
+
+@pytest.mark.parametrize("solver", ["error", "state"])
+@pytest.mark.parametrize("sure", [False, True])
+def test_logits_of_ten_thousand(solver: str, sure: bool) -> None:
+    """With logits of +-1e4, right or wrong, energies and gradients are finite and float64's to float32's rounding."""
+    made = []
+    for dtype in (torch.float64, torch.float32):
+        model = make("gpt2").to(dtype)
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # not the embedding's
+        inputs = batch()
+        with torch.no_grad():
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+            model.lm_head.weight.mul_(1e4 / logits.abs().max())
+        if sure:  # every label is what the model says already: there is nothing to learn
+            said = torch.cat([inputs["input_ids"][:, :1], logits.argmax(-1)[:, :-1]], 1)
+            inputs["labels"] = said.where(inputs["labels"] != -100, -100)
+        made.append(learned(model, inputs, solver=solver, relative_std=1e-3))
+    assert all(bool(gradient.isfinite().all()) for gradient in made[1].values())
+    size = max(float(gradient.abs().max()) for gradient in made[0].values())
+    gap = max(float((made[1][name] - gradient).abs().max()) for name, gradient in made[0].items())
+    assert gap < 1e-3 * size + 1e-6
+
+
+@pytest.mark.parametrize("solver", ["error", "state", "lagrangian"])
+def test_one_token_and_one_sequence(solver: str) -> None:
+    """A single sequence of a single token learns from a label given beside it, in float32 as in float64; a shifted
+    label that is not there is an error."""
+    ids = torch.tensor([[7]])
+    pc = PCModel(make("gpt2"), PCConfig(**CONFIG, solver=solver))
+    with pytest.raises(ValueError, match="every label of the batch is ignored"):
+        pc.accumulate_grad(input_ids=ids, labels=ids)
+    pc.detach()
+    inputs = {"input_ids": ids, "labels": ids, "shift_labels": torch.tensor([[3]])}
+    found, expected = (
+        learned(make("gpt2"), inputs, solver=solver),
+        learned(make("gpt2").double(), inputs, solver=solver),
+    )
+    assert distance(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("values", [{}, {"attention_energy": "categorical"}, {"solver": "state"}], ids=str)
+def test_a_sequence_that_is_masked_altogether(values: dict[str, Any]) -> None:
+    """Of a sequence without any token to see nothing is learned: the gradient is that of the others."""
+    inputs = batch()
+    hidden = {name: value.clone() for name, value in inputs.items()}
+    hidden["attention_mask"][1], hidden["labels"][1] = 0, -100
+    others = {name: value[[0, 2, 3]] for name, value in inputs.items()}
+    for dtype, rounding in ((torch.float64, 1e-9), (torch.float32, 1e-3)):
+        found = learned(make("gpt2").to(dtype), hidden, **values)
+        assert distance(found, learned(make("gpt2").double(), others, **values)) < rounding
