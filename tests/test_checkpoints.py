@@ -124,3 +124,13 @@ def test_killed_at_any_moment() -> None:
     assert last["kills"] == 3
     assert last["identical"] == last["runs"] >= 1
     assert last["not_whole"] == 0
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "null", '{"relative_std": NaN}', '{"relative_std": 0.2, "rows": 3}'])
+def test_a_broken_state_cannot_be_resumed_from(tmp_path: Path, text: str) -> None:
+    """A pc_state.json that is none of ours is an error that names the file, before any step."""
+    run = trainer(tmp_path, max_steps=1, **SAVING)
+    run.train()
+    (tmp_path / "checkpoint-1" / "pc_state.json").write_text(text)
+    with pytest.raises(ValueError, match=r"pc_state\.json"):
+        trainer(tmp_path, max_steps=2, **SAVING).train(resume_from_checkpoint=True)

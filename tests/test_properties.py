@@ -92,7 +92,7 @@ def finite(out: RelaxationOutput) -> bool:
     return all(map(math.isfinite, figures))
 
 
-@cases(400)
+@cases(650)
 @given(chains(("gaussian", "learned_variance")), RULE, FLAG, powers(-3, 3))
 def test_one_sweep_is_backprop(chain: Chain, rule: str, relative: bool, strength: float) -> None:
     """At T = 1 Gaussian nodes of any precision leave backprop's gradient, whatever the rule and the output."""
@@ -103,7 +103,7 @@ def test_one_sweep_is_backprop(chain: Chain, rule: str, relative: bool, strength
     assert same(found, gradients(chain.model), 1e-9)
 
 
-@cases(500)
+@cases(600)
 @given(chains(), SOLVER, RULE, st.integers(1, 7), powers(-3, 3), st.sampled_from([0.0, 0.1]))
 def test_relaxation_never_ends_above_rest(
     chain: Chain, solver: str, rule: str, sweeps: int, std: float, tolerance: float
@@ -123,7 +123,7 @@ def test_relaxation_never_ends_above_rest(
     assert all(bool(g.isfinite().all()) for g in gradients(chain.model).values())
 
 
-@cases(300)
+@cases(500)
 @given(chains(), SOLVER | st.just("lagrangian"), st.integers(1, 5), powers(-2, 1))
 def test_batches_add_up(chain: Chain, solver: str, sweeps: int, std: float) -> None:
     """One batch, its rows in another order, and its rows one at a time leave the same gradient."""
@@ -173,7 +173,7 @@ def texts(draw: Any) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
 
 
-@cases(300)
+@cases(120)
 @given(configurations(), texts(), st.integers(1, 9))
 def test_what_is_masked_changes_nothing(config: PCConfig, text: dict[str, Tensor], shift: int) -> None:
     """Whatever stands at masked positions, and in whichever order the sequences come, the gradient is the same, and
@@ -199,7 +199,7 @@ def test_what_is_masked_changes_nothing(config: PCConfig, text: dict[str, Tensor
         pc.detach()
 
 
-@cases(300)
+@cases(120)
 @given(configurations(), texts(), st.sampled_from(DTYPES), st.booleans())
 def test_detached_it_is_what_it_was(config: PCConfig, text: dict[str, Tensor], dtype: Any, fails: bool) -> None:
     """After steps, one of which may fail, all figures were finite and the detached model is bit for bit the same."""
@@ -229,7 +229,7 @@ def _changed(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._backward_hooks or "forward" in vars(module))
 
 
-@cases(300)
+@cases(120)
 @given(configurations(2), texts())
 def test_more_sweeps_never_mean_more_free_energy(config: PCConfig, text: dict[str, Tensor]) -> None:
     """On a transformer too, wherever its nodes are and whatever their energy: T sweeps end no higher than T - 1."""
