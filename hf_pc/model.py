@@ -376,7 +376,8 @@ class PCModel:
     ) -> RelaxationOutput:  # fmt: skip
         def step(loss: Tensor) -> None:
             assert weight_step is not None
-            weight_step(loss / (self.output.count(self.output.split(inputs)[1]) if items is None else items))
+            assert self.relaxation is not None
+            weight_step(loss / (self.relaxation.tokens.to(loss.device) if items is None else items))
 
         sums: dict[str, Tensor] = {}
         report: RelaxationOutput | None = None

@@ -171,6 +171,9 @@ def main() -> None:
         (timed if args.worker == "time" else measured_memory)(args)
         dist.destroy_process_group()
         return
+    if args.split and len(args.split) not in args.processes:
+        raise ValueError(f"--split {args.split} is of {len(args.split)} processes, which --processes {args.processes} "
+                         "does not name")  # fmt: skip
     args.output_dir.mkdir(parents=True, exist_ok=True)
     machine = f"{platform.machine()} cpu, {os.cpu_count()} cores, torch {torch.__version__}, one thread each"
     layers, costs = args.layers, None
