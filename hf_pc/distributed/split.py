@@ -280,9 +280,7 @@ class SplitPCModel(PCModel):
     def _write(self, folder: Path, state: dict[str, Tensor], kwargs: dict[str, Any]) -> None:
         if folder.is_file():
             raise FileExistsError(f"{folder} is a file: a folder is needed")
-        self.model.save_pretrained(folder, state_dict=state, **kwargs)  # type: ignore[operator]
-        self.config.save_pretrained(folder)
-        self.save_state(folder)
+        super().save_pretrained(folder, state_dict=state, **kwargs)
 
     def _from_first(self, do: Callable[[dict[str, Tensor]], Any]) -> Any:
         """Let process 0 do something with the whole state_dict; where it fails every process raises."""
