@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -214,11 +215,18 @@ class PCModel:
             self._random = self._dropout_state
             with self._dropout():
                 with ExitStack() as relaxing:
-                    if weight_step is None:
-                        relaxing.enter_context(self._frozen())
-                        if not routed:
-                            relaxing.enter_context(self._first_prediction.reused())
-                    self._confirm = self._relax(batch, labels, weight_step, forward)
+                    freeze = cache(
+                        lambda: relaxing.enter_context(self._frozen() if weight_step is None else nullcontext())
+                    )
+                    # whether the module of the first node learns through what the first pass has of it
+                    keeps = first and not together and not routed and self.solver.one_backward
+                    keeps = keeps and self._first_prediction.may_learn()
+                    if not keeps:
+                        freeze()
+                    if weight_step is None and not routed:
+                        reused = self._first_prediction.reused(computed=freeze if keeps else None)
+                        relaxing.enter_context(reused)
+                    self._confirm = self._relax(batch, labels, weight_step, forward, freeze)
                 yield self.relaxation
             over = phase is self.phases[-1] or phase is PLAIN
         finally:
@@ -234,12 +242,14 @@ class PCModel:
         labels: Tensor,
         weight_step: Callable[[Tensor], None] | None,
         forward: Callable[..., Any],
+        freeze: Callable[[], Any],
     ) -> Callable[[], bool]:
         relaxation = self.relaxation
         assert relaxation is not None
 
         def sweep() -> Tensor:
             energy = self._pass(forward, batch, labels)[1]
+            freeze()
             if not relaxation.sites:
                 raise _NothingToRelax
             return energy
@@ -270,8 +280,11 @@ class PCModel:
         forward = forward or self.model
         bare = forward is self.model
         self.relaxation.pieces = bare and not self._sharded and not routes(self.model, batch)
-        self.relaxation.defers = mode == LEARN and self._defers and self._first_prediction.serves_learning()
-        with self._first_prediction.reused() if self.relaxation.defers else nullcontext():
+        first = self._first_prediction
+        self.relaxation.defers = mode == LEARN and self._defers and first.serves_learning()
+        last = self.relaxation.phase is PLAIN or self.relaxation.phase is self.phases[-1]
+        learns = mode == LEARN and last and first.learns()
+        with first.reused(graph=learns) if self.relaxation.defers or learns else nullcontext():
             self.relaxation.begin(mode)
             outputs, energy = self._pass(forward, batch, labels)
             stands = self._confirm()
@@ -279,6 +292,8 @@ class PCModel:
                 del outputs, energy
                 self.relaxation.begin(mode)
                 outputs, energy = self._pass(self.model, batch, labels)
+        if learns:
+            first.spend()
         return energy if mode == RELAX else self.relaxation.loss(energy), outputs
 
     def free_energy_gradients(self, inputs: Mapping[str, Any]) -> list[Tensor]:

@@ -1,14 +1,15 @@
 """What no error can change is computed once per step.
 
-The first node's module sees the batch and no state, so in every relaxing sweep of a step it computes the same. The
-first sweep's output is kept and given again; the learning pass computes it anew, since its weights learn. Where
-several phases learn, only the last does: what the others teach the module is the sum of their signals at its node,
-which waits there for it (`Site.waiting`).
+The first node's module sees the batch and no state, so in every sweep of a step it computes the same. The first
+sweep's output is kept and given again: to relaxing sweeps as a number, to the learning pass with its graph, through
+which its weights learn; until it has run, the weights are therefore not frozen. Where several phases learn, only the
+last has that graph: what the others teach the module is the sum of their signals at its node, which waits there for
+it (`Site.waiting`). A solver that differentiates piece by piece computes it anew to learn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,10 +42,28 @@ class FirstPrediction:
 
     def serves_learning(self) -> bool:
         """Whether what is kept may stand in for the module in a learning pass: nothing else of it is learned from."""
-        if self._kept is None or getattr(self._module, "gradient_checkpointing", False):
-            return False  # a checkpointed module is run again in the backward pass, by then as itself
-        output = self._kept[0]
-        return not isinstance(output, tuple) or not any(isinstance(part, Tensor) for part in output[1:])
+        return self._kept is not None and not self._recomputes() and _alone(self._kept[0])
+
+    def may_learn(self) -> bool:
+        """Whether the first sweep may keep the graph: the module is run once, and not again in the backward pass."""
+        return self._replaceable() and not self._recomputes()
+
+    def _replaceable(self) -> bool:
+        # what is compiled with its hooks is not to be replaced
+        return self._module is not None and getattr(self._module, "_compiled_call_impl", None) is None
+
+    def _recomputes(self) -> bool:
+        # checkpointed modules are run again in the backward pass, by then as themselves
+        return any(getattr(module, "gradient_checkpointing", False) for module in self._model.modules())
+
+    def learns(self) -> bool:
+        """Whether what is kept has the graph that its weights learn through."""
+        return self.serves_learning() and any(part.requires_grad for part in _tensors(self._kept[0]))  # type: ignore[index]
+
+    def spend(self) -> None:
+        """A learning pass has taken the graph: what is kept is the numbers alone."""
+        if self._kept is not None:
+            self._kept = _detached(self._kept[0]), self._kept[1]
 
     def found(self, module: nn.Module | None) -> None:
         """Learn whose output came first in the pass that has just ended; None if that is no module's."""
@@ -52,11 +71,15 @@ class FirstPrediction:
             self._module, self._kept, self._mistaken = module, None, True
 
     @contextmanager
-    def reused(self) -> Iterator[None]:
-        """Inside, a call whose output is known returns it, and leaves the generators where they would be."""
+    def reused(self, *, graph: bool = False, computed: Callable[[], None] | None = None) -> Iterator[None]:
+        """Inside, a call whose output is known returns it, and leaves the generators where they would be.
+
+        Args:
+            graph: return it with its graph.
+            computed: called when the module has run for the first time; until then its weights may require grad.
+        """
         module = self._module
-        # what is compiled with its hooks is not to be replaced
-        if module is None or getattr(module, "_compiled_call_impl", None) is not None:
+        if module is None or not self._replaceable():
             yield
             return
         compute, own = module.forward, module.__dict__.get("forward")
@@ -67,12 +90,15 @@ class FirstPrediction:
                 return compute(*args, **kwargs)
             if self._kept is None:
                 output = compute(*args, **kwargs)
-                if _repeats(args, kwargs, output):
-                    self._kept = output, RandomState(p.device for p in self._model.parameters())
+                if computed is not None:
+                    computed()
+                if _repeats(args, kwargs, output, learns=computed is not None):
+                    kept = output if _alone(output) else _detached(output)
+                    self._kept = kept, RandomState(p.device for p in self._model.parameters())
                 return output
             output, random = self._kept
             random.restore()
-            return output
+            return output if graph else _detached(output)
 
         module.forward = forward  # type: ignore[method-assign]
         try:
@@ -84,9 +110,29 @@ class FirstPrediction:
                 module.forward = own  # type: ignore[method-assign]
 
 
-def _repeats(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
-    """Whether a call can be answered from memory: it returned plain tensors, and had nothing to write to."""
+def _repeats(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, learns: bool) -> bool:
+    """Whether a call can be answered from memory: it returned plain tensors, and had nothing to write to.
+
+    Frozen weights give a graph only where a node inside does; where they learn, `FirstPrediction.found` tells.
+    """
     given = [*args, *kwargs.values()]
-    parts = output if isinstance(output, tuple) else (output,)
     mutable = any(not isinstance(value, (Tensor, tuple, bool, int, float, str, type(None))) for value in given)
-    return not mutable and all(part is None or (isinstance(part, Tensor) and not part.requires_grad) for part in parts)
+    plain = type(output) is tuple and all(part is None or isinstance(part, Tensor) for part in output)
+    if mutable or not (plain or isinstance(output, Tensor)):
+        return False
+    return learns or not any(part.requires_grad for part in _tensors(output))
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [part for part in (output if isinstance(output, tuple) else (output,)) if part is not None]
+
+
+def _alone(output: Any) -> bool:
+    """Whether nothing but the node's own tensor comes out."""
+    return len(_tensors(output)) == 1
+
+
+def _detached(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.detach()
+    return tuple(None if part is None else part.detach() for part in output)

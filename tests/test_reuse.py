@@ -36,17 +36,21 @@ MODELS = {"gpt2": lambda: make("gpt2", dropout=0.1), "mixtral": mixtral, "albert
 def test_gradients_are_the_same_to_the_bit(
     name: str, setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dropout, a router, shared layers, drawn labels: with and without reuse every gradient has the same bits."""
+    """Dropout, a router, shared layers, drawn labels: with and without reuse every gradient has the same bits.
+
+    But for what lies before parts of a block: it gets the same summands, from one graph or two, in another order.
+    """
     found = []
     for reuse in (True, False):
         if not reuse:
-            monkeypatch.setattr("hf_pc.reuse._repeats", lambda *given: False)
+            monkeypatch.setattr("hf_pc.reuse._repeats", lambda *given, learns: False)
         model = MODELS[name]()
         pc = PCModel(model, PCConfig(sweeps=4, relative_std=0.5, **setting))
         pc.accumulate_grad(**batch())
         found.append(gradients(model))
     assert found[0].keys() == found[1].keys()
-    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+    assert worst(*found) < 1e-6
+    assert setting.get("nodes") or all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -56,7 +60,7 @@ def test_signals_that_wait_add_up(name: str, learning: str, monkeypatch: pytest.
     found = []
     for reuse in (True, False):
         if not reuse:
-            monkeypatch.setattr("hf_pc.reuse._repeats", lambda *given: False)
+            monkeypatch.setattr("hf_pc.reuse._repeats", lambda *given, learns: False)
         model = MODELS[name]() if name == "mixtral" else MODELS[name]().double()  # whose kernels know no float64
         pc = PCModel(model, PCConfig(sweeps=4, relative_std=0.5, learning=learning))  # type: ignore[arg-type]
         for _ in range(2):
@@ -77,15 +81,23 @@ def test_checkpointed_blocks_learn_in_every_phase() -> None:
     assert worst(*found) < 1e-9
 
 
-@pytest.mark.parametrize("learning", ["plain", "centred", "extrapolated", "balanced"])
-def test_the_first_block_runs_once_and_to_learn(learning: str) -> None:
-    """In five sweeps the first block runs at rest, and once to learn; nothing is kept after the step."""
+@pytest.mark.parametrize(
+    ("setting", "times"),
+    [({"learning": rule}, 1) for rule in ("plain", "centred", "extrapolated", "balanced")]
+    + [({"learning": "wake_sleep"}, 3), ({"solver": "state"}, 2)],
+)
+def test_the_first_block_runs_once(setting: dict[str, Any], times: int) -> None:
+    """In five sweeps the first block runs at rest, and learns through that; nothing is kept after the step.
+
+    A solver that learns piece by piece runs it once more, and so do the phases of wake_sleep, which learn one by one.
+    """
     model = make("gpt2")
-    pc = PCModel(model, PCConfig(sweeps=5, relative_std=0.5, learning=learning))
+    pc = PCModel(model, PCConfig(sweeps=5, relative_std=0.5, **setting))
     calls: list[int] = []
     model.transformer.h[0].mlp.register_forward_hook(lambda *given: calls.append(0))
     pc.accumulate_grad(**batch())
-    assert len(calls) == 2
+    assert len(calls) == times
+    assert all(p.requires_grad for p in model.parameters())
     assert pc._first_prediction._kept is None
     assert "forward" not in vars(model.transformer.h[0])
 

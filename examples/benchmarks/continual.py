@@ -4,7 +4,7 @@
 
 The second text is the Python language reference, or --second_file. Prints one JSON line per method and seed with the
 test perplexity of both texts after each half, and one per method with means, spreads and the regime. Each method takes
-the learning rate, of the same few, with the lowest validation loss over both texts at the end, at seed 0.
+the learning rate, of the same few, with the lowest validation loss over both texts at the end, at the first seed.
 """
 
 from __future__ import annotations
@@ -72,10 +72,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     both = texts(args)
     lines = []
     for name, config in methods(args.sweeps).items():
-        tried = {rate: run(config, both, args, 0, rate) for rate in args.learning_rates}
+        tried = {rate: run(config, both, args, args.first_seed, rate) for rate in args.learning_rates}
         rate = min(tried, key=lambda r: tried[r]["validation_loss"])
-        found = [tried[rate], *(run(config, both, args, seed, rate) for seed in range(1, args.seeds))]
-        for seed, facts in enumerate(found):
+        others = range(args.first_seed + 1, args.first_seed + args.seeds)
+        found = [tried[rate], *(run(config, both, args, seed, rate) for seed in others)]
+        for seed, facts in enumerate(found, args.first_seed):
             print(json.dumps({"method": name, "seed": seed, **facts}), flush=True)
         line: dict[str, Any] = {"method": name, "learning_rate": rate, "steps": args.steps}
         for key in found[0].keys() - {"learning_rate"}:

@@ -45,6 +45,8 @@ def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentPars
     for name in ("steps", "batch", "layers", "hidden", "heads", "sequence", "sweeps", "seeds"):
         if name in defaults:
             parser.add_argument(f"--{name}", type=positive, default=defaults[name])
+    if "seeds" in defaults:
+        parser.add_argument("--first_seed", type=int, default=0, help="the seeds count on from it")
     if "learning_rates" in defaults:
         parser.add_argument("--learning_rates", type=float, nargs="+", default=defaults["learning_rates"])
     if "methods" in defaults:
@@ -222,7 +224,7 @@ def compare(
     methods: dict[str, PCConfig | None], text: Text, args: argparse.Namespace, pairs: int = 10,
     batches: Callable[[Text, argparse.Namespace, int], Iterator[Batch]] = drawn,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Tune each method's learning rate on validation text at seed 0, train with every seed, print JSON lines.
+    """Tune each method's learning rate on validation text at the first seed, train with every seed, print JSON lines.
 
     Returns:
         One line per method: mean and spread of the test perplexity, the gap to backprop with the same seeds, the
@@ -253,13 +255,13 @@ def compare(
     for name in methods:
         tried: dict[float, tuple[float, GPT2LMHeadModel, dict[str, Any]]] = {}
         for rate in args.learning_rates:
-            model, facts = run(name, 0, rate)
+            model, facts = run(name, args.first_seed, rate)
             loss = loss_of(model, text.validation, args.sequence)
             tried[rate] = (loss if math.isfinite(loss) else math.inf, model, facts)
         rate = min(tried, key=lambda r: tried[r][0])
         perplexities, regimes = [], []
-        for seed in range(args.seeds):
-            model, facts = tried[rate][1:] if seed == 0 else run(name, seed, rate)
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            model, facts = tried[rate][1:] if seed == args.first_seed else run(name, seed, rate)
             curves.setdefault(name, []).append(facts.pop("losses"))
             regimes.append(facts)
             perplexities.append(math.exp(min(700.0, loss_of(model, text.test, args.sequence))))

@@ -3,7 +3,8 @@
     python examples/benchmarks/step_cost.py --model gpt2 --layers 8 --hidden 256 --sequence 128 --batch 8 \\
         --sweeps 1 2 5 --threads 1
 
-Prints one JSON line per T. With --compile also what `compile=True` makes of a step's time, for both kinds of step. A
+Prints one JSON line per T. With --compile also what `compile=True` makes of a step's time, for both kinds of step; with
+--checkpointing also the memory of either kind with activation checkpointing, over that of backprop without. A
 step is everything up to the gradient; the optimiser's part is the same for both. Time is the median of interleaved
 pairs; memory is each kind's own peak over the built model, in a process of its own.
 """
@@ -50,6 +51,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sweeps", type=positive, nargs="+", default=[1, 2, 5])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="also time steps whose blocks are compiled")
+    parser.add_argument("--checkpointing", action="store_true", help="also measure memory with checkpointed blocks")
+    parser.add_argument("--checkpointed", action="store_true", help=argparse.SUPPRESS)  # of the step to measure
     parser.add_argument("--measure-memory", type=int, help=argparse.SUPPRESS)  # sweeps of the one step to run; 0: BP
     return parser.parse_args()
 
@@ -131,9 +134,10 @@ def peak_bytes(device: torch.device) -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def memory(sweeps: int) -> int:
+def memory(sweeps: int, checkpointed: bool = False) -> int:
     """Peak memory of a step over the built model, measured in a fresh process."""
     command = [sys.executable, __file__, *sys.argv[1:], "--measure-memory", str(sweeps)]
+    command += ["--checkpointed"] if checkpointed else []
     # the allocator of Linux keeps what was freed unless told not to: resident memory is then what is in use
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
@@ -150,6 +154,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, inputs = build(args, device)
     if args.measure_memory is not None:
+        if args.checkpointed:
+            model.gradient_checkpointing_enable()
         reset_peak(device)
         before = peak_bytes(device)
         step = stepper(model, inputs, args.measure_memory, args.solver)
@@ -176,6 +182,10 @@ def main() -> None:
             [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]] if len(ratios) > 1 else None,
             "limit": round(limit, 3), "over_limit": round(ratio / limit - 1, 3),
             "memory_ratio": round(memory(sweeps) / backprop_bytes, 3),
+            **({"memory_ratio_checkpointed": {
+                name: round(memory(kind, checkpointed=True) / backprop_bytes, 3)
+                for name, kind in (("pc", sweeps), ("backprop", 0))
+            }} if args.checkpointing else {}),
             **{name: round(value, 5) for name, value in facts[sweeps, False].items()},
             **({"compiled_over_not": {
                 name: round(statistics.median(quotients(times[kind, True], times[kind, False])), 3)

@@ -113,10 +113,15 @@ class Descent:
     def confirm(self) -> bool:
         """Whether the last pass stands for every sequence; if not, the leaves are the best ones again."""
         stands = self.judge()
-        if bool(stands.all()):
-            return True
-        self._restore(stands)
-        return False
+        all_stand = bool(stands.all())
+        if not all_stand:
+            self._restore(stands)
+        self.best = self.direction = []  # the backward pass that follows has enough to hold
+        return all_stand
+
+    def settle(self) -> None:
+        """No more moves: forget what only they would need."""
+        self.direction = []
 
     def _restore(self, stands: Tensor) -> None:
         """Put the best leaves back into the sites of the sequences whose last pass does not stand."""

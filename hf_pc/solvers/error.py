@@ -21,7 +21,7 @@ from hf_pc.solvers.descent import Descent
 class ErrorSolver(Solver):
     """Relaxation in error coordinates; `step_size` "auto" never raises a sequence's free energy."""
 
-    takes_phases = True
+    takes_phases = one_backward = True
 
     def join(self, relaxation: Relaxation, site: Site, mu: Tensor) -> Tensor:
         if relaxation.at_rest:
@@ -44,7 +44,10 @@ class ErrorSolver(Solver):
             descent.move(stands, self.gradients(relaxation, energy))
             if self.tolerance and relaxation.agree(bool(descent.converged().all())):
                 break
-        return lambda: descent is None or descent.confirm()
+        if descent is None:
+            return lambda: True
+        descent.settle()
+        return descent.confirm
 
     def _relax_fixed(self, relaxation: Relaxation, forward: Callable[[], Tensor], step: float) -> Callable[[], bool]:
         relaxation.step_size = step
