@@ -135,9 +135,8 @@ class Site:
         self.last_move: Tensor | None = None
         self.waiting: Tensor | None = None  # signals to this node's module of phases that did not run it to learn
         self.rest_move: Tensor | None = None  # of a phase that begins elsewhere: where one move from rest would lead
-        # of solvers that differentiate piece by piece: g so far in this pass, dF/dx, and a Lagrange multiplier
+        # of solvers that differentiate piece by piece: g so far in this pass, and a Lagrange multiplier
         self.signal: Tensor | None = None
-        self.gradient: Tensor
         self.multiplier: Tensor
         node.energy.check(mu, node.name)
         self.precision = strength.of(node, label, mu)

@@ -63,9 +63,9 @@ class Descent:
         return stands
 
     def move(self, stands: Tensor, gradients: list[Tensor]) -> None:
-        """Keep what the sweep reached where it stands, and put the next leaves into the sites."""
+        """Keep what the sweep reached where it stands, and put the next leaves into the sites; empties `gradients`."""
         sites = self.relaxation.sites
-        directions = [-site.step(gradient) for site, gradient in zip(sites, gradients, strict=True)]
+        directions = [-site.step(gradients.pop(0)) for site in sites]
         leaves = [site.leaf.detach() for site in sites]
         residual = self.relaxation.residual().to(stands.device)
         if not self.best:
@@ -87,6 +87,7 @@ class Descent:
             if back is not None:
                 taken = site.column(back)
                 step = torch.addcmul(step, taken, (self.best[i] - leaves[i]).add_(self.direction[i]).sub_(step))
+                self.best[i], self.direction[i] = leaves[i], directions[i]
             site.leaf = (leaves[i] + (step if full else step * site.column(rate))).requires_grad_()
         self.best, self.direction = leaves, directions
 

@@ -13,7 +13,7 @@ through `StateFunction`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,26 +111,31 @@ class StateSolver(Solver):
                 relaxation.hold(weight, gradient)
 
     def gradients(self, relaxation: Relaxation, output_energy: Tensor) -> list[Tensor]:
-        self._take(relaxation, self.found_gradients(relaxation, output_energy))
-        return [site.gradient for site in relaxation.sites]
+        return self._taken(relaxation, self.found_gradients(relaxation, output_energy))
 
     def close(self, relaxation: Relaxation) -> None:
+        self._closed(relaxation)
+
+    def _closed(self, relaxation: Relaxation) -> list[Tensor]:
+        """dF/dx of every site, from a pass in LEARN mode whose `backward()` has been called."""
         found = [
             None if site.leaf.grad is None else site.leaf.grad / relaxation.scale_of(site) for site in relaxation.sites
         ]
-        self._take(relaxation, found)
         for site in relaxation.sites:
             site.leaf.grad = None
             site.node.energy.observe(site.error, site.precision)
+        return self._taken(relaxation, found)
 
-    def _take(self, relaxation: Relaxation, found: Any) -> None:
+    def _taken(self, relaxation: Relaxation, found: Sequence[Tensor | None]) -> list[Tensor]:
+        gradients = []
         for site, g in zip(relaxation.sites, found, strict=True):
-            signal = torch.zeros_like(site.error) if g is None else g
-            if site.signal is not None:
-                signal = signal + site.signal
+            signals = [signal for signal in (g, site.signal) if signal is not None]
+            site.signal = None
+            signal = sum(signals[1:], signals[0]) if signals else torch.zeros_like(site.error)
             signal = relaxation.without_padding(site, signal)
-            site.gradient = self.own_gradient(site) + signal
-            relaxation.measure(site, signal, site.gradient)
+            gradients.append(self.own_gradient(site) + signal)
+            relaxation.measure(site, signal, gradients[-1])
+        return gradients
 
     def recover(self, relaxation: Relaxation, error: RuntimeError) -> bool:
         if not self.piecewise or "second time" not in str(error):
@@ -149,12 +154,12 @@ class StateSolver(Solver):
                 gradients = self.gradients(relaxation, energy)
             else:
                 weight_step(relaxation.loss(energy))
-                self.close(relaxation)
-                gradients = [site.gradient for site in relaxation.sites]
+                gradients = self._closed(relaxation)
             mover.move(gradients)
             self.moved(relaxation)
             if self.tolerance and relaxation.agree(bool((relaxation.residual() < self.tolerance).all())):
                 break
+        mover.settle()
         return mover.confirm
 
 
@@ -177,6 +182,9 @@ class _Mover:
         for site, gradient in zip(self.relaxation.sites, gradients, strict=True):
             site.leaf = (site.leaf.detach() - self.step * site.step(gradient)).requires_grad_()
 
+    def settle(self) -> None:
+        """No more moves are to come."""
+
     def confirm(self) -> bool:
         return True
 
@@ -192,6 +200,10 @@ class _Descending(_Mover):
     def move(self, gradients: list[Tensor]) -> None:
         self.descent = self.descent or Descent(self.relaxation, self.tolerance, FIRST_RATE)
         self.descent.move(self.descent.judge(), gradients)
+
+    def settle(self) -> None:
+        if self.descent is not None:
+            self.descent.settle()
 
     def confirm(self) -> bool:
         return self.descent is None or self.descent.confirm()
