@@ -3,8 +3,8 @@
     python examples/benchmarks/step_cost.py --model gpt2 --layers 8 --hidden 256 --sequence 128 --batch 8 \\
         --sweeps 1 2 5 --threads 1
 
-Prints one JSON line per T. With --compile also what `compile=True` makes of a step's time, for both kinds of step; with
---checkpointing also the memory of either kind with activation checkpointing, over that of backprop without. A
+Prints one JSON line per T. With --compile also what `compile=True` makes of a step's time, for both kinds of step;
+with --checkpointing also the memory of either kind with activation checkpointing, over that of backprop without. A
 step is everything up to the gradient; the optimiser's part is the same for both. Time is the median of interleaved
 pairs; memory is each kind's own peak over the built model, in a process of its own.
 """
