@@ -143,7 +143,8 @@ class PCModel:
             with torch.random.fork_rng():
                 torch.manual_seed(self._draw_seed)
                 self._own_labels = self.output.draw(outputs["logits"].detach(), labels)
-        return outputs, self.relaxation.note_output(self.output.total(outputs, labels))
+        energy = self.output.total(outputs, labels, checked=not self.relaxation.at_rest)
+        return outputs, self.relaxation.note_output(energy)
 
     @contextmanager
     def relaxed(

@@ -108,16 +108,17 @@ class Output(ABC):
             raise ValueError(f"every label of the batch is ignored ({IGNORED}): there is nothing to learn from")
         return tokens
 
-    def total(self, outputs: Any, labels: Tensor) -> Tensor:
+    def total(self, outputs: Any, labels: Tensor, *, checked: bool = False) -> Tensor:
         """Nats per sequence, [batch]: this energy of `outputs["logits"]`, and what the model adds under "energy".
 
         The latter, [batch], is for models with a term of their own, such as a latent's divergence from its prior.
+        With `checked` the labels were in range before, and are not looked at, which would wait for a GPU.
         """
         if "logits" not in outputs:
             raise ValueError(
                 "the model returns no logits, which labels are compared with: a class with a head is needed"
             )
-        energy = self.energy(outputs["logits"], labels)
+        energy = self.energy(outputs["logits"], labels, checked=checked)
         own = outputs.get("energy")
         return energy if own is None else energy + own
 
@@ -126,7 +127,7 @@ class Output(ABC):
         return labels
 
     @abstractmethod
-    def energy(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def energy(self, logits: Tensor, labels: Tensor, *, checked: bool = False) -> Tensor:
         """Nats per sequence, [batch]; labels of -100 are ignored."""
 
     def draw(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -156,7 +157,7 @@ class CategoricalOutput(Output):
             )
         return labels.long()
 
-    def energy(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def energy(self, logits: Tensor, labels: Tensor, *, checked: bool = False) -> Tensor:
         """Nats per sequence, [batch], for logits [batch, ..., classes] and aligned labels [batch, ...]."""
         if logits.shape[:-1] != labels.shape:
             raise ValueError(
@@ -164,8 +165,8 @@ class CategoricalOutput(Output):
                 "one class index per row of logits is needed"
             )
         flat = labels.flatten().to(logits.device)
-        wrong = flat.ne(IGNORED) & ((flat < 0) | (flat >= logits.shape[-1]))
-        if bool(wrong.any()):
+        wrong = None if checked else flat.ne(IGNORED) & ((flat < 0) | (flat >= logits.shape[-1]))
+        if wrong is not None and bool(wrong.any()):
             raise ValueError(f"label {int(flat[wrong][0])} is out of range: 0 to {logits.shape[-1] - 1} or {IGNORED}")
         nats = F.cross_entropy(_scores(logits).flatten(0, -2), flat, ignore_index=IGNORED, reduction="none")
         return nats.view(len(logits), -1).sum(1)
@@ -180,7 +181,7 @@ class _DenseOutput(Output):
     def convert(self, labels: Tensor) -> Tensor:
         return labels.float() if not labels.is_floating_point() else labels
 
-    def energy(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def energy(self, logits: Tensor, labels: Tensor, *, checked: bool = False) -> Tensor:
         scores = _scores(logits)
         if scores.shape == (*labels.shape, 1):
             scores = scores.squeeze(-1)

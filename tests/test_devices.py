@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import pytest
 import torch
 from accelerate import dispatch_model
 from test_invariants import batch, gradients, make, worst
+from torch.utils._python_dispatch import TorchDispatchMode
 from two_devices import place, two_devices
 
 from hf_pc import PCConfig, PCModel
@@ -66,3 +68,40 @@ def test_hooks_of_accelerate_stay(solver: str) -> None:
     assert hasattr(dispatched.transformer.h[1], "_hf_hook")
     learned(dispatched, batch(), settings)
     assert worst(gradients(dispatched), gradients(whole)) == 0
+
+
+class HostReads(TorchDispatchMode):
+    """Where numbers of tensors were read, by hf_pc, not by what it calls; a GPU would be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_local_scalar_dense" in str(func) or "nonzero" in str(func):
+            calls = [c for c in traceback.extract_stack() if "hf_pc/" in c.filename or "transformers/" in c.filename]
+            if "hf_pc/" in calls[-1].filename:
+                self.places.append(calls[-1].line or "")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("learning", ["plain", "balanced", "one_sided"])
+def test_a_gpu_is_waited_for_at_the_ends_of_a_phase(learning: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where flags are not at hand no sweep asks for them, and nothing else is different for it.
+
+    What is left is the range of the labels once a step, and whether the last sweep of a phase stands.
+    """
+    found = []
+    for at_hand in (True, False):
+        if not at_hand:
+            for module in ("relaxation", "solvers.descent"):
+                monkeypatch.setattr(f"hf_pc.{module}.known", lambda flags: False)
+        model = make("gpt2")
+        pc = PCModel(model, PCConfig(sweeps=5, relative_std=1.0, learning=learning))  # type: ignore[arg-type]
+        with HostReads() as reads:
+            for phase in pc.phases:
+                with pc.relaxed(batch(), phase=phase) as relaxation:
+                    (pc.learning_pass(batch())[0] / relaxation.tokens).backward()
+        found.append(gradients(model))
+    assert worst(*found) < 1e-6
+    assert len(reads.places) == 1 + len(pc.phases), reads.places

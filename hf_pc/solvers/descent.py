@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_pc.relaxation import Relaxation
+from hf_pc.relaxation import Relaxation, known
 
 GROW, SHRINK = 1.3, 0.4
 
@@ -58,7 +58,7 @@ class Descent:
         # a free energy that was never finite cannot be improved on: nothing is refused, the guard reports it
         stands |= ~self.free_energy.isfinite()
         self.relaxation.tried += len(now)
-        self.relaxation.refused = self.relaxation.refused + (~stands).sum().cpu()
+        self.relaxation.refused = self.relaxation.refused + (~stands).sum()
         self.free_energy = torch.where(stands, now, self.free_energy)
         return stands
 
@@ -76,12 +76,12 @@ class Descent:
         else:
             self.residual = torch.where(stands, residual, self.residual)
             self.rate = torch.where(stands, (self.rate * GROW).clamp(max=1.0), self.rate * SHRINK)
-            if not bool(stands.all()):
+            if not known(stands):
                 leaves = self._mix(stands, leaves, self.best)
                 directions = self._mix(stands, directions, self.direction)
             back = self._share(directions)
         rate = torch.where(self.converged(), torch.zeros_like(self.rate), self.rate)  # a converged sequence stays
-        full = bool((rate == 1).all())
+        full = known(rate == 1)
         for i, site in enumerate(sites):
             step = directions[i]
             if back is not None:

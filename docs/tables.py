@@ -1,0 +1,123 @@
+"""The tables of the pages, made from the JSON lines that the benchmarks printed.
+
+    python examples/benchmarks/step_cost.py --sweeps 1 2 5 > docs/results/step_cost.jsonl
+    python docs/tables.py            # fills every page's tables; with --check says which are not as they should be
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`, of the lines in docs/results/NAME.jsonl and
+the columns below; under it the machine they were measured on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+Line = dict[str, Any]
+Column = Callable[[Line], str]
+
+
+def field(name: str, form: str = "") -> Column:
+    return lambda line: format(line[name], form)
+
+
+def with_quartiles(name: str) -> Column:
+    """A median and the quartiles beside it, as `NAME_quartiles` has them."""
+    return lambda line: "{:.2f} ({:.2f} to {:.2f})".format(line[name], *line[f"{name}_quartiles"])
+
+
+def each(name: str, form: str) -> Column:
+    """One value per process."""
+    return lambda line: ", ".join(format(value, form) for value in line[name])
+
+
+STEP: dict[str, Column] = {
+    "model": field("model"),
+    "T": field("sweeps"),
+    "time ratio": with_quartiles("time_ratio"),
+    "limit": field("limit", ".2f"),
+    "over": field("over_limit", ".1%"),
+    "memory ratio": field("memory_ratio", ".2f"),
+    "with checkpointing, PC": lambda line: format(line["memory_ratio_checkpointed"]["pc"], ".2f"),
+    "backprop": lambda line: format(line["memory_ratio_checkpointed"]["backprop"], ".2f"),
+    "relaxed_fraction": field("relaxed_fraction", ".4f"),
+    "residual": field("residual", ".4f"),
+}
+TABLES: dict[str, dict[str, Column]] = {
+    "step_cost": STEP,
+    "state_memory": {
+        "model": field("model"),
+        "blocks": field("layers"),
+        "width": field("hidden"),
+        "sequence": field("sequence"),
+        "T": field("sweeps"),
+        "memory ratio": field("memory_ratio", ".2f"),
+    },
+    "scaling": {
+        "blocks": field("layers"),
+        "width": field("hidden"),
+        "split": each("split", "d"),
+        "tokens": lambda line: f"{line['batch']} x {line['sequence']}",
+        "T": field("sweeps"),
+        "speed": with_quartiles("speedup"),
+        "memory": each("memory_ratio", ".2f"),
+        "waiting": each("idle_share", ".0%"),
+        "MB": lambda line: ", ".join(f"{sent / 1e6:.1f}" for sent in line["bytes_per_sweep"]),
+        "seconds, measured and predicted": lambda line: f"{line['seconds']:.2f}, {line['predicted_seconds']:.2f}",
+    },
+}
+
+
+def table(name: str) -> str:
+    """The table in Markdown, and the machine. Raises ValueError where its lines are missing or not whole."""
+    path = RESULTS / f"{name}.jsonl"
+    if name not in TABLES:
+        raise ValueError(f"a page asks for the table {name!r}; allowed: {', '.join(TABLES)}")
+    if not path.is_file():
+        raise ValueError(f"the table {name!r} is made of docs/results/{path.name}, which there is not")
+    lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    rows: list[list[str]] = [list(TABLES[name]), ["---"] * len(TABLES[name])]
+    try:
+        rows += [[column(line) for column in TABLES[name].values()] for line in lines]
+    except KeyError as error:
+        raise ValueError(f"docs/results/{path.name} has a line without {error}") from None
+    machines = "; ".join(dict.fromkeys(line["machine"] for line in lines))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\nMachine: {machines}."
+
+
+def filled(page: str) -> str:
+    """A page with its tables as the results have them."""
+    return re.sub(
+        r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)",
+        lambda found: f"{found[1]}\n{table(found[2])}\n\n{found[3]}",
+        page,
+        flags=re.DOTALL,
+    )
+
+
+def main(argv: list[str] | None = None) -> list[Path]:
+    """Fill the pages; returned are those that were not as they should be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a page is not as it should be")
+    args = parser.parse_args(argv)
+    pages = {page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+    made = {page: filled(text) for page, text in pages.items()}
+    changed = [page for page in pages if made[page] != pages[page]]
+    for page in [] if args.check else changed:
+        page.write_text(made[page], encoding="utf-8")
+    if args.check and changed:
+        raise ValueError(f"python docs/tables.py would change {', '.join(page.name for page in changed)}")
+    return changed
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
