@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import ProgressCallback, TrainerCallback
 
-from hf_pc.cards import write_card
+from hf_pc.cards import ROWS, write_card
 from hf_pc.diagnostics.plots import plot_run
 from hf_pc.hub import push_run
 from hf_pc.provenance import command
@@ -188,9 +188,7 @@ def show(results: dict[str, Any]) -> None:
     sides = ["pc"] + (["bp"] if "bp_step_seconds" in results else [])
     for side in sides:
         table.add_column({"pc": "PC", "bp": "backprop"}[side], justify="right")
-    rows = [("validation loss, nats per label", "eval_loss", ".4f"), ("perplexity", "perplexity", ".2f"),
-            ("accuracy", "accuracy", ".4f"), ("seconds per step, median", "step_seconds", ".3f")]  # fmt: skip
-    for title, key, form in rows:
+    for title, key, form in ROWS:
         if not any(f"{side}_{key}" in results for side in sides):
             continue
         cells = [f"{results[f'{s}_{key}']:{form}}" if f"{s}_{key}" in results else "" for s in sides]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Laplace, Normal, kl_divergence
 
-from hf_pc.energies import ENERGIES, LearnedVarianceEnergy, relative_precision
+from hf_pc.energies import ENERGIES, Energy, LearnedVarianceEnergy, LogitEnergy, relative_precision, wide
 
 Family = Callable[[Tensor], Distribution]
 FAMILIES: dict[str, Family] = {
@@ -70,6 +70,77 @@ def test_gradients_are_autograds(name: str, seed: int, scale: float) -> None:
     torch.testing.assert_close(
         energy.grad_prediction(error, mu.detach(), precision), by_prediction, rtol=1e-8, atol=1e-9
     )
+
+
+def fresh(name: str, mu: Tensor) -> Energy:
+    """An energy that has met a prediction; a learned one has learned something."""
+    energy = ENERGIES[name]()
+    energy.load_state_dict({"log_std": torch.linspace(-0.5, 0.7, mu.shape[-1]).tolist()})
+    energy.check(mu, "node")
+    return energy
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_an_energy_says_of_itself(name: str) -> None:
+    """What uses no prediction needs none, the others do; E is zero at rest or says that it is not; logits are nats."""
+    error, mu = draw()
+    energy, p = fresh(name, mu), torch.full((), 1.7, dtype=torch.float64)
+    for method in (energy.energy, energy.grad_state, energy.grad_prediction, energy.precondition):
+        if energy.uses_prediction:
+            assert not torch.allclose(method(error, mu, p), method(error, 2 * mu, p))
+        else:
+            assert torch.equal(method(error, mu, p), method(error, None, p))
+    at_rest = energy.energy(torch.zeros_like(error), mu, p)
+    assert at_rest.shape == mu.shape[:-1]
+    assert bool((at_rest == 0).all()) is energy.zero_at_rest
+    assert energy.in_nats is (name in ("categorical", "bernoulli"))
+    assert bool(energy.state_dict()) is (name == "learned_variance")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_squares_are_in_units_of_the_curvature(name: str) -> None:
+    """square(g) is g times the preconditioned g, summed over features, one number per token."""
+    gradient, mu = draw(3)
+    energy = fresh(name, mu)
+    p = torch.rand(2, 3, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
+    found = energy.square(gradient, mu, p)
+    assert found.shape == (2, 3, 1)
+    torch.testing.assert_close(found, (gradient * energy.precondition(gradient, mu, p)).sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_activity_leaves_out_what_is_masked(name: str) -> None:
+    """Of logits what is under -1e4 is no activity, of states everything is; the rest is as it was."""
+    mu = torch.tensor([[3.0, -2e4, -9.9e3, float("-inf")]])
+    logits = name in ("categorical", "bernoulli")
+    expected = torch.tensor([[3.0, 0.0, -9.9e3, 0.0]]) if logits else mu
+    assert torch.equal(ENERGIES[name]().activity(mu), expected)
+
+
+@pytest.mark.parametrize("name", ["categorical", "bernoulli"])
+def test_logits_are_divided_by_their_curvature(name: str) -> None:
+    """p s (1 - s) of a Bernoulli, p s of a categorical, in float32 or wider, and a thousandth where that is more."""
+    energy = ENERGIES[name]()
+    assert isinstance(energy, LogitEnergy)
+    mu = torch.tensor([[0.0, 1.0, -9.0]], dtype=torch.bfloat16)
+    s = mu.float().softmax(-1) if name == "categorical" else mu.float().sigmoid() * (-mu.float()).sigmoid()
+    torch.testing.assert_close(energy.curvature(mu), s)
+    assert s[0, 2] < 1e-3 < s[0, 1]
+    expected = torch.tensor([[5.0]]) / (2 * torch.cat([s[:, :2], torch.full((1, 1), 1e-3)], -1))
+    torch.testing.assert_close(energy.precondition(torch.full((1, 3), 5.0), mu, torch.tensor(2.0)), expected)
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"learned_variance"}))
+def test_most_energies_learn_nothing(name: str) -> None:
+    """Without parameters of its own an energy observes and steps in vain, and restores anything."""
+    error, mu = draw()
+    energy, one = ENERGIES[name](), torch.ones((), dtype=torch.float64)
+    before = energy.energy(error, mu, one)
+    energy.observe(error, one)
+    energy.step(lambda total: total)
+    energy.load_state_dict({"log_std": [1.0]})
+    assert energy.state_dict() == {}
+    assert torch.equal(energy.energy(error, mu, one), before)
 
 
 @pytest.mark.parametrize("name", ["categorical", "bernoulli"])
@@ -150,6 +221,45 @@ def test_learned_variance_goes_to_the_errors() -> None:
     assert torch.equal(restored.log_std, energy.log_std)  # type: ignore[arg-type]
 
 
+def test_learned_variance_over_batches_and_processes() -> None:
+    """Batches and processes add up to one mean over tokens, taken at the given rate; a step starts anew."""
+    errors = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p = torch.full((), 1.7, dtype=torch.float64)
+    expected = torch.linspace(-0.5, 0.7, 3, dtype=torch.float64)
+    expected = expected - 0.05 * (1 - 1.7 * (-2 * expected).exp() * errors.square()).mean((0, 1))
+    for parts, processes in ((1, 1), (2, 1), (4, 3)):
+        energy = fresh("learned_variance", errors)
+        for part in errors.chunk(parts):
+            energy.observe(part, p)
+        energy.step(lambda total, count=processes: count * total)  # type: ignore[misc]
+        torch.testing.assert_close(torch.tensor(energy.state_dict()["log_std"], dtype=torch.float64), expected)
+        before = energy.state_dict()
+        energy.step(lambda total: total)  # nothing was observed since
+        energy.observe(torch.zeros_like(errors), p)  # no signal came to any token
+        energy.step(lambda total: total)
+        assert energy.state_dict() == before
+
+
+def test_learned_variance_stays_within_its_limits() -> None:
+    """log sigma ends at -2 and 2 however small and large the errors are; other states and widths are refused."""
+    energy, one = LearnedVarianceEnergy(), torch.ones(())
+    assert energy.state_dict() == {}
+    energy.step(lambda total: total)
+    errors = torch.tensor([[1e-6, 1e6]])
+    energy.check(errors, "node")
+    assert energy.state_dict() == {"log_std": [0.0, 0.0]}
+    for _ in range(60):
+        energy.observe(errors, one)
+        energy.step(lambda total: total)
+    assert energy.state_dict() == {"log_std": [-2.0, 2.0]}
+    energy.load_state_dict(energy.state_dict())
+    for wrong in ([2.1], [-2.1], ["1"], [True], 1.0):
+        with pytest.raises(ValueError, match="numbers from -2 to 2 are needed"):
+            energy.load_state_dict({"log_std": wrong})
+    with pytest.raises(ValueError, match="'node' has width 3, its learned variance 2"):
+        energy.check(torch.zeros(1, 3), "node")
+
+
 def test_padding_teaches_no_variance() -> None:
     """Tokens that no signal came to are not counted: with and without them the learned sigma is the same."""
     found = []
@@ -170,3 +280,25 @@ def test_relative_precision_is_per_token() -> None:
     found = relative_precision(mu, 0.2)
     torch.testing.assert_close(found, 1 / (0.04 * mu.square().mean(-1, keepdim=True)))
     torch.testing.assert_close(relative_precision(mu[:1], 0.2), found[:1])
+
+
+def test_relative_precision_of_nothing_and_of_little_digits() -> None:
+    """A prediction of zeros has a finite precision, 1 / (relative_std eps)^2; bfloat16 is measured in float32."""
+    mu = torch.zeros(1, 4, dtype=torch.bfloat16, requires_grad=True)
+    found = relative_precision(mu, 0.5)
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    torch.testing.assert_close(found, torch.full((1, 1), (0.5 * torch.finfo(torch.float32).eps) ** -2))
+    for dtype, expected in ((torch.float16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
+        assert wide(torch.ones(1, dtype=dtype)).dtype == expected
+
+
+def test_gaussian_squares_and_laplace_tails() -> None:
+    """Far out a Laplace energy is u - 1 and its gradient sqrt(p); a Gaussian's is p e^2 / 2 however far."""
+    error, p = torch.tensor([[1e3]], dtype=torch.float64), torch.tensor(4.0, dtype=torch.float64)
+    laplace, gaussian = ENERGIES["laplace"](), ENERGIES["gaussian"]()
+    assert float(laplace.energy(error, None, p)) == 2e3 - 1
+    assert float(laplace.grad_state(error, None, p)) == 2.0
+    assert float(laplace.grad_prediction(-error, None, p)) == 2.0
+    assert float(gaussian.energy(error, None, p)) == pytest.approx(2e6)
+    assert float(gaussian.grad_state(error, None, p)) == 4e3

@@ -32,7 +32,7 @@ from hf_pc.distributed.neighbours import Neighbours, Receipt, Timeline
 from hf_pc.distributed.partition import balanced, check_counts
 from hf_pc.distributed.stage import Stage
 from hf_pc.distributed.weights import Shared, clip_grad_norm, gathered
-from hf_pc.energies import wide
+from hf_pc.energies import Energy, wide
 from hf_pc.hub import push
 from hf_pc.model import PCModel
 from hf_pc.node import LEARN, Boundary, Node
@@ -225,6 +225,8 @@ class SplitPCModel(PCModel):
     def steer(self, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> None:
         """As `PCModel.steer`; called by every process, each of which then knows what the energies of all learned."""
         super().steer(reduce)
+        if all(type(node.energy).state_dict is Energy.state_dict for node in self._module_nodes):
+            return  # no energy here learns anything, and so none of the other processes
         own = {n.name: n.energy.state_dict() for n in self._module_nodes if n.module in self.stage.blocks}
         learned = {name: state for part in every_process(own) for name, state in part.items()}
         for node in self._module_nodes:
