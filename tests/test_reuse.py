@@ -69,14 +69,15 @@ def test_signals_that_wait_add_up(name: str, learning: str, monkeypatch: pytest.
     assert worst(*found) < (1e-4 if name == "mixtral" else 1e-9)
 
 
-def test_checkpointed_blocks_learn_in_every_phase() -> None:
+@pytest.mark.parametrize("setting", [{"learning": "balanced"}, {"learning": "balanced", "nodes": "sublayer"}, {}])
+def test_checkpointed_blocks_learn_in_every_phase(setting: dict[str, Any]) -> None:
     """A module that the backward pass runs again cannot wait: with activation checkpointing nothing is different."""
     found = []
     for checkpointing in (True, False):
         model = make("gpt2").double()
         if checkpointing:
             model.gradient_checkpointing_enable()
-        PCModel(model, PCConfig(sweeps=4, relative_std=0.5, learning="balanced")).accumulate_grad(**batch())
+        PCModel(model, PCConfig(sweeps=4, relative_std=0.5, **setting)).accumulate_grad(**batch())
         found.append(gradients(model))
     assert worst(*found) < 1e-9
 
