@@ -72,8 +72,10 @@ def locked() -> dict[str, tuple[Requirement, list[str]]]:
     """Each requirement of the lock and its hashes, by name."""
     text = re.sub(r"^\s*#.*\n", "", (ROOT / "requirements.lock").read_text(encoding="utf-8"), flags=re.MULTILINE)
     lines = text.replace("\\\n", " ").splitlines()
-    split = [re.split(r"\s+--hash=", line.strip()) for line in lines if line]
-    found = {canonicalize_name(Requirement(stated).name): (Requirement(stated), hashes) for stated, *hashes in split}
+    split: list[list[str]] = [re.split(r"\s+--hash=", line.strip()) for line in lines if line]
+    found = {
+        str(canonicalize_name(Requirement(stated).name)): (Requirement(stated), hashes) for stated, *hashes in split
+    }
     assert len(found) == len(split)
     return found
 
