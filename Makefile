@@ -1,15 +1,38 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUTPUT ?= runs/clm
+SERVICE ?= pypi
 
-.PHONY: install test demo lint types docs clean
+TOOLS := build/tools
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: install lock audit test demo lint types docs clean
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
+# --force-reinstall: what came with torch is replaced by what the lock has a hash for.
+.venv/installed: pyproject.toml constraints.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet --require-hashes --no-deps --force-reinstall -r requirements.lock
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	$(PIP) check
+	touch $@
+
+# For Python 3.11.5 and later; keeps the versions that fit, `make lock UPGRADE=--upgrade` takes the newest.
+lock: $(TOOLS)/installed
+	$(TOOLS)/bin/uv pip compile pyproject.toml --extra dev --constraint constraints.txt $(UPGRADE) --quiet \
+		--universal --python-version 3.11.5 --fork-strategy fewest --generate-hashes --no-emit-package torch \
+		--no-emit-index-url --custom-compile-command "make lock" --output-file requirements.lock
+
+# Needs the network; --strict: a package that could not be looked up is a failure. SERVICE=osv asks another service.
+audit: $(TOOLS)/installed
+	$(TOOLS)/bin/pip-audit --strict --progress-spinner off --vulnerability-service $(SERVICE) \
+		--require-hashes --disable-pip -r requirements.lock
+
+$(TOOLS)/installed: Makefile
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1
 	touch $@
 
 test: install

@@ -1,4 +1,4 @@
-"""What surrounds the package: workflows, citation, versions."""
+"""What surrounds the package: workflows, citation, versions, the lock file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import hf_pc
 
@@ -64,3 +66,37 @@ def test_one_version_everywhere() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert hf_pc.__version__ == PROJECT["version"] == citation["version"]
     assert f"## {hf_pc.__version__}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def locked() -> dict[str, tuple[Requirement, list[str]]]:
+    """Each requirement of the lock and its hashes, by name."""
+    text = re.sub(r"^\s*#.*\n", "", (ROOT / "requirements.lock").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    lines = text.replace("\\\n", " ").splitlines()
+    split: list[list[str]] = [re.split(r"\s+--hash=", line.strip()) for line in lines if line]
+    found = {
+        str(canonicalize_name(Requirement(stated).name)): (Requirement(stated), hashes) for stated, *hashes in split
+    }
+    assert len(found) == len(split)
+    return found
+
+
+def test_the_lock_has_an_exact_version_and_hashes_for_everything() -> None:
+    """Each line of the lock is one name, one version and SHA-256 hashes: no address, no option, nothing of CUDA."""
+    for name, (requirement, hashes) in locked().items():
+        assert re.fullmatch(r"==[\w.+!]+", str(requirement.specifier)), name
+        assert requirement.url is None
+        assert hashes, name
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", given) for given in hashes), name
+        assert not re.match(r"torch$|triton|nvidia|cuda", name)
+
+
+def test_the_lock_agrees_with_its_inputs() -> None:
+    """The lock holds every pin of constraints.txt and a fit for every dependency of pyproject.toml, but torch."""
+    lock = locked()
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    stated = [line for line in pins if not line.startswith("#")]
+    for given in [*stated, *PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
+        wanted = Requirement(given)
+        if wanted.name != "torch":
+            (exact,) = lock[canonicalize_name(wanted.name)][0].specifier
+            assert exact.version in wanted.specifier, given
