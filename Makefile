@@ -10,11 +10,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 install: .venv/installed
 
-# --force-reinstall: what came with torch is replaced by what the lock has a hash for.
+# torch comes last: what it needs is then there, from the lock
 .venv/installed: pyproject.toml constraints.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install --quiet --require-hashes --no-deps -r requirements.lock
 	$(PIP) install --quiet -c constraints.txt torch
-	$(PIP) install --quiet --require-hashes --no-deps --force-reinstall -r requirements.lock
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	$(PIP) check
 	touch $@
