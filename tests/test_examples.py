@@ -23,6 +23,7 @@ import gradient_bias  # noqa: E402
 import label_noise  # noqa: E402
 import online  # noqa: E402
 import paper_transformer  # noqa: E402
+import peers  # noqa: E402
 import run_classification_pc  # noqa: E402
 import run_image_classification_pc  # noqa: E402
 import run_lora_pc  # noqa: E402
@@ -195,6 +196,38 @@ def test_step_cost(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert [line["sweeps"] for line in lines] == [1, 3]
     assert all(line["time_ratio"] > 0 and line["memory_ratio"] > 0 for line in lines)
     assert [line["limit"] for line in lines] == [1.0, 2.333]
+
+
+def test_peers(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without peers a line says so of each; hf_pc's say how far T updates came, and more of them come further."""
+    lines = peers.main(["--sizes", "12", "8", "8", "3", "--batch", "4", "--runs", "2", "--T", "1", "12"])
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
+    assert [line["library"] for line in lines[:2]] == ["fabricpc", "pcx"]
+    assert all(line == line | {"measured": False, "reason": "no --peer_python was given"} for line in lines[:2])
+    ways = [("errors", 0.1), ("states", 0.1), ("errors", "auto")]
+    found = {(line["coordinates"], line["step_size"], line["T"]): line for line in lines[2:]}
+    assert list(found) == [(*way, updates) for way in ways for updates in (1, 12)]
+    for line in found.values():
+        assert (line["library"], line["runs"], line["threads"], line["seed"]) == ("hf_pc", 2, 1, 0)
+        assert set(line["versions"]) == {"python", "hf_pc", "torch"}
+        assert line["time_ratio_quartiles"][0] <= line["time_ratio"] <= line["time_ratio_quartiles"][1]
+        assert line["step_ms"] > 0 < line["backprop_ms"]
+        assert -1 <= line["gradient_cosine"] <= 1
+    relaxed = {kind: line["relaxed"] for kind, line in found.items()}
+    assert all(0 <= relaxed[(*way, 1)] < relaxed[(*way, 12)] <= 1 for way in ways)
+    assert relaxed["states", 0.1, 12] < relaxed["errors", 0.1, 12]
+    assert relaxed["errors", "auto", 12] > 0.99
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("sizes", "8"), ("runs", "1"), ("step_size", "nan"), ("T", "0"), ("seed", "-1"), ("peer_python", "none")],
+)
+def test_peers_refuses(capsys: pytest.CaptureFixture[str], name: str, value: str) -> None:
+    """Bad input ends with an error that names the argument, before any work."""
+    with pytest.raises(SystemExit, match="2"):
+        peers.main([f"--{name}", value])
+    assert f"argument --{name}: " in capsys.readouterr().err
 
 
 TASKS = {
