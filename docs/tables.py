@@ -59,6 +59,17 @@ TABLES: dict[str, dict[str, Column]] = {
         "T": field("sweeps"),
         "memory ratio": field("memory_ratio", ".2f"),
     },
+    "peers": {
+        "library": field("library"),
+        "nodes, step": lambda line: f"{line['coordinates']}, {line['step_size']}",
+        "width, batch": lambda line: f"{line['sizes'][1]}, {line['batch']}",
+        "T": field("T"),
+        "step over own backprop": with_quartiles("time_ratio"),
+        "ms": field("step_ms", ".1f"),
+        "backprop, ms": field("backprop_ms", ".1f"),
+        "relaxed": field("relaxed", ".3f"),
+        "cosine": field("gradient_cosine", ".3f"),
+    },
     "scaling": {
         "blocks": field("layers"),
         "width": field("hidden"),

@@ -111,7 +111,7 @@ def test_squares_are_in_units_of_the_curvature(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_activity_leaves_out_what_is_masked(name: str) -> None:
     """Of logits what is under -1e4 is no activity, of states everything is; the rest is as it was."""
-    mu = torch.tensor([[3.0, -2e4, -9.9e3, float("-inf")]])
+    mu = torch.tensor([[3.0, -1.1e4, -9.9e3, float("-inf")]])
     logits = name in ("categorical", "bernoulli")
     expected = torch.tensor([[3.0, 0.0, -9.9e3, 0.0]]) if logits else mu
     assert torch.equal(ENERGIES[name]().activity(mu), expected)
@@ -198,6 +198,7 @@ def test_preconditioning_is_newtons(name: str) -> None:
 
 def test_categorical_width_one_is_refused() -> None:
     """One logit has no distribution: the error names the node and its width."""
+    ENERGIES["categorical"]().check(torch.zeros(2, 2), "head")
     with pytest.raises(ValueError, match="'head' has width 1"):
         ENERGIES["categorical"]().check(torch.zeros(2, 1), "head")
 
@@ -253,6 +254,8 @@ def test_learned_variance_stays_within_its_limits() -> None:
         energy.step(lambda total: total)
     assert energy.state_dict() == {"log_std": [-2.0, 2.0]}
     energy.load_state_dict(energy.state_dict())
+    energy.load_state_dict({})
+    assert energy.state_dict() == {"log_std": [-2.0, 2.0]}
     for wrong in ([2.1], [-2.1], ["1"], [True], 1.0):
         with pytest.raises(ValueError, match="numbers from -2 to 2 are needed"):
             energy.load_state_dict({"log_std": wrong})
@@ -302,3 +305,24 @@ def test_gaussian_squares_and_laplace_tails() -> None:
     assert float(laplace.grad_prediction(-error, None, p)) == 2.0
     assert float(gaussian.energy(error, None, p)) == pytest.approx(2e6)
     assert float(gaussian.grad_state(error, None, p)) == 4e3
+
+
+def test_the_series_of_a_bernoulli() -> None:
+    """Under its limit the series in the error has the closed form's value to float32's digits."""
+    error = torch.tensor([[0.029, -0.029, 0.02]])
+    mu = torch.tensor([[-0.5, 0.8, 1.5]])
+    exact = kl_divergence(Bernoulli(logits=(mu.double() + error.double())), Bernoulli(logits=mu.double())).sum(-1)
+    found = ENERGIES["bernoulli"]().energy(error, mu, torch.ones(()))
+    torch.testing.assert_close(found.double(), exact, rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("method", ["energy", "grad_state", "grad_prediction"])
+def test_a_prediction_of_few_digits(name: str, method: str) -> None:
+    """Errors are float32 beside a bfloat16 prediction: everything is computed in float32."""
+    error, mu = (values.float() for values in draw())
+    low, one = mu.bfloat16(), torch.ones(())
+    energy = fresh(name, mu)
+    found = getattr(energy, method)(error, low, one)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, getattr(energy, method)(error, low.float(), one))
