@@ -1,6 +1,6 @@
 """The tables of the pages, made from the JSON lines that the benchmarks printed.
 
-    python examples/benchmarks/step_cost.py --sweeps 1 2 5 > docs/results/step_cost.jsonl
+    python examples/benchmarks/step_cost.py --checkpointing > docs/results/step_cost.jsonl
     python docs/tables.py            # fills every page's tables; with --check says which are not as they should be
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`, of the lines in docs/results/NAME.jsonl and
@@ -93,19 +93,22 @@ def table(name: str) -> str:
     if not path.is_file():
         raise ValueError(f"the table {name!r} is made of docs/results/{path.name}, which there is not")
     lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line.get("measured", True)]
     rows: list[list[str]] = [list(TABLES[name]), ["---"] * len(TABLES[name])]
     try:
         rows += [[column(line) for column in TABLES[name].values()] for line in lines]
+        machines = "; ".join(dict.fromkeys(line["machine"] for line in lines))
     except KeyError as error:
         raise ValueError(f"docs/results/{path.name} has a line without {error}") from None
-    machines = "; ".join(dict.fromkeys(line["machine"] for line in lines))
+    except TypeError:
+        raise ValueError(f"docs/results/{path.name} has a line of one run, without quartiles") from None
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\nMachine: {machines}."
 
 
 def filled(page: str) -> str:
     """A page with its tables as the results have them."""
     return re.sub(
-        r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)",
+        r"(<!-- table: ([^ ]+) -->\n)(?:(?!<!-- table:).)*?(<!-- end of table -->)",
         lambda found: f"{found[1]}\n{table(found[2])}\n\n{found[3]}",
         page,
         flags=re.DOTALL,

@@ -216,9 +216,8 @@ class PCModel:
             self._random = self._dropout_state
             with self._dropout():
                 with ExitStack() as relaxing:
-                    freeze = cache(
-                        lambda: relaxing.enter_context(self._frozen() if weight_step is None else nullcontext())
-                    )
+                    freezing = self._frozen() if weight_step is None else nullcontext()
+                    freeze = cache(lambda: relaxing.enter_context(freezing))  # once, however often it is called
                     # whether the module of the first node learns through what the first pass has of it
                     keeps = first and not together and not routed and self.solver.one_backward
                     keeps = keeps and self._first_prediction.may_learn()
@@ -424,7 +423,7 @@ class PCModel:
             feedforward_energy=float(self.share.sum(relaxation.feedforward_energy.double().sum()))
             / float(relaxation.tokens),
             states=self._states,
-            errors={site.label: site.error.detach() for site in relaxation.sites},
+            errors={site.label: site.error.detach().contiguous() for site in relaxation.sites},
             sequence_free_energy=relaxation.free_energy(),
         )
 

@@ -127,7 +127,7 @@ class Site:
         device = mu.device.type
         #: what the module computes in; a residual stream stays float32 under autocast
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else mu.dtype
-        self.error = wide(mu.detach()).new_zeros(()).expand(mu.shape)  # at rest: one zero for all
+        self.error = wide(mu.new_zeros(())).expand(mu.shape)  # at rest: one zero for all
         self.leaf: Tensor
         self.prediction: Tensor | None = None
         # of phases that others follow: the errors after the first move from rest, and after the last

@@ -118,7 +118,9 @@ class Output(ABC):
             raise ValueError(
                 "the model returns no logits, which labels are compared with: a class with a head is needed"
             )
-        energy = self.energy(outputs["logits"], labels, checked=checked)
+        if not checked:
+            self.check(outputs["logits"], labels)
+        energy = self.energy(outputs["logits"], labels)
         own = outputs.get("energy")
         return energy if own is None else energy + own
 
@@ -126,8 +128,11 @@ class Output(ABC):
         """The labels in the dtype that `energy` takes. Raises ValueError if they cannot be labels of this output."""
         return labels
 
+    def check(self, logits: Tensor, labels: Tensor) -> None:
+        """Raise ValueError if there is a label that the logits have no place for."""
+
     @abstractmethod
-    def energy(self, logits: Tensor, labels: Tensor, *, checked: bool = False) -> Tensor:
+    def energy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Nats per sequence, [batch]; labels of -100 are ignored."""
 
     def draw(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -157,7 +162,13 @@ class CategoricalOutput(Output):
             )
         return labels.long()
 
-    def energy(self, logits: Tensor, labels: Tensor, *, checked: bool = False) -> Tensor:
+    def check(self, logits: Tensor, labels: Tensor) -> None:
+        flat = labels.flatten()
+        wrong = flat.ne(IGNORED) & ((flat < 0) | (flat >= logits.shape[-1]))
+        if bool(wrong.any()):
+            raise ValueError(f"label {int(flat[wrong][0])} is out of range: 0 to {logits.shape[-1] - 1} or {IGNORED}")
+
+    def energy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Nats per sequence, [batch], for logits [batch, ..., classes] and aligned labels [batch, ...]."""
         if logits.shape[:-1] != labels.shape:
             raise ValueError(
@@ -165,9 +176,6 @@ class CategoricalOutput(Output):
                 "one class index per row of logits is needed"
             )
         flat = labels.flatten().to(logits.device)
-        wrong = None if checked else flat.ne(IGNORED) & ((flat < 0) | (flat >= logits.shape[-1]))
-        if wrong is not None and bool(wrong.any()):
-            raise ValueError(f"label {int(flat[wrong][0])} is out of range: 0 to {logits.shape[-1] - 1} or {IGNORED}")
         nats = F.cross_entropy(_scores(logits).flatten(0, -2), flat, ignore_index=IGNORED, reduction="none")
         return nats.view(len(logits), -1).sum(1)
 
@@ -181,7 +189,7 @@ class _DenseOutput(Output):
     def convert(self, labels: Tensor) -> Tensor:
         return labels.float() if not labels.is_floating_point() else labels
 
-    def energy(self, logits: Tensor, labels: Tensor, *, checked: bool = False) -> Tensor:
+    def energy(self, logits: Tensor, labels: Tensor) -> Tensor:
         scores = _scores(logits)
         if scores.shape == (*labels.shape, 1):
             scores = scores.squeeze(-1)

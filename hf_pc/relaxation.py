@@ -151,7 +151,7 @@ class Relaxation:
 
     def note_padding(self, mask: Any) -> None:
         """Take up an attention mask, [batch, sequence]: where it is 0 no state moves, and no activity is measured."""
-        if isinstance(mask, Tensor) and mask.dim() == 2 and not known(mask):
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not known_to_hold(mask):
             self._present = mask.ne(0)
 
     def _present_at(self, site: Site) -> Tensor | None:
@@ -329,7 +329,7 @@ class Relaxation:
         return self.share.merge({name: value.detach().cpu() for name, value in sums.items()})
 
 
-def known(flags: Tensor) -> bool:
+def known_to_hold(flags: Tensor) -> bool:
     """Whether all hold, where the answer is at hand: False on a GPU, which would have to finish first."""
     return flags.device.type == "cpu" and bool(flags.all())
 

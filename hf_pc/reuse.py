@@ -4,15 +4,18 @@ The first node's module sees the batch and no state, so in every sweep of a step
 sweep's output is kept and given again: to relaxing sweeps as a number, to the learning pass with its graph, through
 which its weights learn; until it has run, the weights are therefore not frozen. Where several phases learn, only the
 last has that graph: what the others teach the module is the sum of their signals at its node, which waits there for
-it (`Site.waiting`). A solver that differentiates piece by piece computes it anew to learn.
+it (`Site.waiting`). It is computed anew to learn where a solver differentiates piece by piece, where the backward pass
+would run it again (activation checkpointing), and where a weight or a buffer was written to in between.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_pc.rng import RandomState
@@ -31,7 +34,8 @@ class FirstPrediction:
         self._model = model
         self._module = guess
         self._kept: tuple[Any, RandomState] | None = None
-        self._ran = self._mistaken = False
+        self._versions: list[int] = []  # of the model's tensors when it was kept
+        self._ran = self._mistaken = self._recomputes = False
 
     def forget(self) -> None:
         """Begin a step."""
@@ -40,25 +44,31 @@ class FirstPrediction:
     def begin_pass(self) -> None:
         self._ran = False
 
+    def may_learn(self) -> bool:
+        """Whether the first sweep may keep the module's graph."""
+        module = self._module
+        # a hook on its gradient would be called by the learning pass with what the first sweep has found
+        hooked = module is not None and (module._backward_hooks or module._backward_pre_hooks)
+        return self._replaceable() and not hooked
+
     def serves_learning(self) -> bool:
         """Whether what is kept may stand in for the module in a learning pass: nothing else of it is learned from."""
-        return self._kept is not None and not self._recomputes() and _alone(self._kept[0])
+        return self._kept is not None and not self._recomputes and _alone(self._kept[0])
 
-    def may_learn(self) -> bool:
-        """Whether the first sweep may keep the graph: the module is run once, and not again in the backward pass."""
-        return self._replaceable() and not self._recomputes()
+    def learns(self) -> bool:
+        """Whether what is kept has the graph that its weights learn through."""
+        if self._kept is None or not self.serves_learning():
+            return False
+        return any(part.requires_grad for part in _tensors(self._kept[0])) and self._versions == self._written()
+
+    def _written(self) -> list[int]:
+        """How often each tensor of the model has been written to."""
+        tensors = chain(self._model.parameters(), self._model.buffers())
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
     def _replaceable(self) -> bool:
         # what is compiled with its hooks is not to be replaced
         return self._module is not None and getattr(self._module, "_compiled_call_impl", None) is None
-
-    def _recomputes(self) -> bool:
-        # checkpointed modules are run again in the backward pass, by then as themselves
-        return any(getattr(module, "gradient_checkpointing", False) for module in self._model.modules())
-
-    def learns(self) -> bool:
-        """Whether what is kept has the graph that its weights learn through."""
-        return self.serves_learning() and any(part.requires_grad for part in _tensors(self._kept[0]))  # type: ignore[index]
 
     def spend(self) -> None:
         """A learning pass has taken the graph: what is kept is the numbers alone."""
@@ -89,12 +99,16 @@ class FirstPrediction:
             if not first or self._mistaken:
                 return compute(*args, **kwargs)
             if self._kept is None:
+                self._recomputes = _checkpointed()
+                if self._recomputes and computed is not None:
+                    computed()  # so that the second run, in the backward pass, finds weights as the first did
                 output = compute(*args, **kwargs)
                 if computed is not None:
                     computed()
-                if _repeats(args, kwargs, output, learns=computed is not None):
+                if _repeats(args, kwargs, output, learns=computed is not None and not self._recomputes):
                     kept = output if _alone(output) else _detached(output)
                     self._kept = kept, RandomState(p.device for p in self._model.parameters())
+                    self._versions = self._written()
                 return output
             output, random = self._kept
             random.restore()
@@ -108,6 +122,11 @@ class FirstPrediction:
                 del module.forward
             else:
                 module.forward = own  # type: ignore[method-assign]
+
+
+def _checkpointed() -> bool:
+    """Whether this is a module's first run of two: what it saves is replaced, or, the older way, not noted at all."""
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _repeats(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, learns: bool) -> bool:

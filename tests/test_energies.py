@@ -122,12 +122,12 @@ def test_logits_are_divided_by_their_curvature(name: str) -> None:
     """p s (1 - s) of a Bernoulli, p s of a categorical, in float32 or wider, and a thousandth where that is more."""
     energy = ENERGIES[name]()
     assert isinstance(energy, LogitEnergy)
-    mu = torch.tensor([[0.0, 1.0, -9.0]], dtype=torch.bfloat16)
+    mu = torch.tensor([[[0.0, 1.0, -9.0]]], dtype=torch.bfloat16).repeat(1, 2, 1)
     s = mu.float().softmax(-1) if name == "categorical" else mu.float().sigmoid() * (-mu.float()).sigmoid()
     torch.testing.assert_close(energy.curvature(mu), s)
-    assert s[0, 2] < 1e-3 < s[0, 1]
-    expected = torch.tensor([[5.0]]) / (2 * torch.cat([s[:, :2], torch.full((1, 1), 1e-3)], -1))
-    torch.testing.assert_close(energy.precondition(torch.full((1, 3), 5.0), mu, torch.tensor(2.0)), expected)
+    assert s[0, 0, 2] < 1e-3 < s[0, 0, 1]
+    expected = 5.0 / (2 * torch.cat([s[..., :2], torch.full((1, 2, 1), 1e-3)], -1))
+    torch.testing.assert_close(energy.precondition(torch.full((1, 2, 3), 5.0), mu, torch.tensor(2.0)), expected)
 
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"learned_variance"}))
@@ -186,11 +186,11 @@ def test_small_errors_keep_their_digits(name: str, size: float) -> None:
     torch.testing.assert_close(found.double(), exact, rtol=3e-3, atol=0)
 
 
-@pytest.mark.parametrize("name", ["gaussian", "laplace", "bernoulli"])
+@pytest.mark.parametrize("name", ["gaussian", "laplace", "bernoulli", "learned_variance"])
 def test_preconditioning_is_newtons(name: str) -> None:
     """At e = 0 a preconditioned gradient is the gradient divided by the second derivative."""
     _, mu = draw(scale=0.5)
-    energy, p = ENERGIES[name](), torch.full((), 1.7, dtype=torch.float64)
+    energy, p = fresh(name, mu), torch.full((), 1.7, dtype=torch.float64)
     small = torch.full_like(mu, 1e-6)
     second = energy.grad_state(small, mu, p) / small
     torch.testing.assert_close(energy.precondition(torch.ones_like(mu), mu, p), 1 / second, rtol=1e-4, atol=0)
@@ -269,12 +269,13 @@ def test_padding_teaches_no_variance() -> None:
     for padded in (False, True):
         energy = ENERGIES["learned_variance"]()
         error = torch.full((2, 3, 4), 0.5)
+        error[..., 1] = 0.0  # one feature without an error is no padding
         energy.check(error, "node")
         energy.observe(torch.cat([error, torch.zeros(2, 5, 4)], 1) if padded else error, torch.ones(()))
         energy.step(lambda total: total)
         found.append(energy.state_dict())
     assert found[0] == found[1]
-    assert found[0]["log_std"][0] < 0
+    assert found[0]["log_std"] == pytest.approx([-0.0375, -0.05, -0.0375, -0.0375])
 
 
 def test_relative_precision_is_per_token() -> None:

@@ -50,7 +50,7 @@ def test_wrong_labels_are_named(name: str, labels: torch.Tensor, message: str) -
     """Labels that this output cannot have raise an error with their value."""
     output = OUTPUTS[name]()
     with pytest.raises(ValueError, match=message):
-        output.energy(torch.zeros(1, 2, 4), output.split({"labels": labels})[1])
+        output.total({"logits": torch.zeros(1, 2, 4)}, output.split({"labels": labels})[1])
 
 
 def test_the_output_follows_the_model() -> None:

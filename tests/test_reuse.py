@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_invariants import batch, gradients, make, worst
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AlbertConfig, AlbertForMaskedLM, MixtralConfig, MixtralForCausalLM, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -158,3 +159,65 @@ def test_nothing_is_kept_after_an_exception() -> None:
         raise MemoryError
     assert pc._first_prediction._kept is None
     assert pc._before is None
+
+
+class Stem(nn.Module):
+    """A stem with a buffer that it writes to and learns beside, then two blocks, checkpointed or not."""
+
+    def __init__(self, writes: bool, checkpointed: bool) -> None:
+        super().__init__()
+        self.writes, self.checkpointed = writes, checkpointed
+        self.weight = nn.Parameter(torch.ones(4))
+        self.register_buffer("scale", torch.ones(4))
+        self.blocks = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+        assert isinstance(self.scale, Tensor)
+        if self.writes:
+            self.scale.mul_(0.9)
+        x = x / self.scale * self.weight
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x).tanh()
+        return SequenceClassifierOutput(logits=x)
+
+
+@pytest.mark.parametrize(("writes", "checkpointed"), [(True, False), (False, True)])
+def test_a_first_run_that_may_not_stand_is_made_again(
+    writes: bool, checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buffers written to in every pass and checkpointing that no flag tells of: the gradients of a run of its own."""
+    found = []
+    for reuse in (True, False):
+        if not reuse:
+            monkeypatch.setattr(FirstPrediction, "may_learn", lambda self: False)
+        set_seed(0)
+        model = Stem(writes, checkpointed).double()
+        inputs = {"x": torch.randn(5, 4, dtype=torch.float64), "labels": torch.arange(5) % 4}
+        PCModel(model, PCConfig(nodes=r"blocks\.\d+", precision=1.0, sweeps=4)).accumulate_grad(**inputs)
+        found.append(gradients(model))
+    assert worst(*found) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_a_hook_on_the_first_block_is_of_the_learning_pass() -> None:
+    """A user's full backward hook is called with what this backward pass brings."""
+    seen: list[list[Tensor]] = []
+    for block in (0, 1):
+        model = make("gpt2").double()
+        sweeps: list[Tensor] = []
+        model.transformer.h[block].register_full_backward_hook(lambda m, i, o, kept=sweeps: kept.append(o[0].detach()))
+        PCModel(model, PCConfig(sweeps=3, relative_std=0.5)).accumulate_grad(**batch())
+        seen.append(sweeps)
+    sizes = [float(norms[-1].norm()) for norms in seen]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.5)
+
+
+def test_learning_again_inside_one_relaxation() -> None:
+    """After a step of the optimizer the errors stand as they are, and nothing is put back."""
+    model = make("gpt2")
+    pc = PCModel(model, PCConfig(sweeps=3, relative_std=30.0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pc.relaxed(batch()) as relaxation:
+        for _ in range(3):
+            (pc.learning_pass(batch())[0] / relaxation.tokens).backward()
+            optimizer.step()

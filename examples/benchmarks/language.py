@@ -46,7 +46,7 @@ def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentPars
         if name in defaults:
             parser.add_argument(f"--{name}", type=positive, default=defaults[name])
     if "seeds" in defaults:
-        parser.add_argument("--first_seed", type=int, default=0, help="the seeds count on from it")
+        parser.add_argument("--first_seed", type=natural, default=0, help="the seeds count on from it")
     if "learning_rates" in defaults:
         parser.add_argument("--learning_rates", type=float, nargs="+", default=defaults["learning_rates"])
     if "methods" in defaults:
@@ -61,6 +61,10 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not allowed: at least 1 is needed")
     return value
+
+
+def natural(text: str) -> int:
+    return positive(text) if text != "0" else 0
 
 
 def split(args: argparse.Namespace) -> tuple[str, str, str]:

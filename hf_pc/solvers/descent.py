@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_pc.relaxation import Relaxation, known
+from hf_pc.relaxation import Relaxation, known_to_hold
 
 GROW, SHRINK = 1.3, 0.4
 
@@ -76,12 +76,12 @@ class Descent:
         else:
             self.residual = torch.where(stands, residual, self.residual)
             self.rate = torch.where(stands, (self.rate * GROW).clamp(max=1.0), self.rate * SHRINK)
-            if not known(stands):
+            if not known_to_hold(stands):
                 leaves = self._mix(stands, leaves, self.best)
                 directions = self._mix(stands, directions, self.direction)
             back = self._share(directions)
         rate = torch.where(self.converged(), torch.zeros_like(self.rate), self.rate)  # a converged sequence stays
-        full = known(rate == 1)
+        full = known_to_hold(rate == 1)
         for i, site in enumerate(sites):
             step = directions[i]
             if back is not None:
@@ -112,7 +112,12 @@ class Descent:
         return torch.where((self.rate < 1) | ~share.isfinite(), 0.0, share)
 
     def confirm(self) -> bool:
-        """Whether the last pass stands for every sequence; if not, the leaves are the best ones again."""
+        """Whether the last pass stands for every sequence; if not, the leaves are the best ones again.
+
+        Asked again, of another pass at the same leaves, it is yes.
+        """
+        if not self.best:
+            return True
         stands = self.judge()
         all_stand = bool(stands.all())
         if not all_stand:
