@@ -182,7 +182,8 @@ class CategoricalEnergy(LogitEnergy):
         prediction = prediction.to(error.dtype)
         log_below = prediction.log_softmax(-1)
         below = log_below.exp()
-        small = (error.abs() * (below > 0)).amax(-1, keepdim=True) < 1
+        # of what is masked no error counts; a probability that is zero for want of digits may be none in the state
+        small = torch.where(log_below.isfinite(), error.abs(), 0).amax(-1, keepdim=True) < 1
         near = torch.log1p((below * torch.expm1(error.clamp(-1, 1))).sum(-1, keepdim=True).clamp_min(-0.99))
         far = (log_below + error).logsumexp(-1, keepdim=True)
         ratio = error - torch.where(small, near, far)

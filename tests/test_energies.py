@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -93,6 +94,8 @@ def test_what_an_energy_says_of_itself(name: str) -> None:
     at_rest = energy.energy(torch.zeros_like(error), mu, p)
     assert at_rest.shape == mu.shape[:-1]
     assert bool((at_rest == 0).all()) is energy.zero_at_rest
+    for method in (energy.grad_state, energy.grad_prediction):
+        assert (method(torch.zeros_like(error), mu, p) == 0).all()
     assert energy.in_nats is (name in ("categorical", "bernoulli"))
     assert bool(energy.state_dict()) is (name == "learned_variance")
 
@@ -174,6 +177,19 @@ def test_masked_logits(masked: float) -> None:
         assert (found[..., 3:] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("mu", "x", "expected"),
+    [([0.0, 0.0], [-800.0, 0.0], math.log(2)), ([-800.0, 0.0], [0.0, 0.0], 400 - math.log(2))],
+)
+def test_probabilities_that_vanish(mu: list[float], x: list[float], expected: float) -> None:
+    """What is impossible in float64 on one side alone still counts: KL of (0, 1) or (1/2, 1/2) to the other."""
+    below, above = (torch.tensor([values], dtype=torch.float64) for values in (mu, x))
+    energy, one = ENERGIES["categorical"](), torch.ones((), dtype=torch.float64)
+    assert float(energy.energy(above - below, below, one)) == pytest.approx(expected, rel=1e-12)
+    difference = above.softmax(-1) - below.softmax(-1)
+    torch.testing.assert_close(energy.grad_prediction(above - below, below, one), -difference)
+
+
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 0.05, 1.0])
 @pytest.mark.parametrize("name", ["categorical", "bernoulli"])
 def test_small_errors_keep_their_digits(name: str, size: float) -> None:
@@ -200,7 +216,7 @@ def test_categorical_width_one_is_refused() -> None:
     """One logit has no distribution: the error names the node and its width."""
     ENERGIES["categorical"]().check(torch.zeros(2, 2), "head")
     with pytest.raises(ValueError, match="'head' has width 1"):
-        ENERGIES["categorical"]().check(torch.zeros(2, 1), "head")
+        ENERGIES["categorical"]().check(torch.zeros(2, 3, 1), "head")
 
 
 def test_learned_variance_goes_to_the_errors() -> None:
