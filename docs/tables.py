@@ -37,20 +37,19 @@ def each(name: str, form: str) -> Column:
     return lambda line: ", ".join(format(value, form) for value in line[name])
 
 
-STEP: dict[str, Column] = {
-    "model": field("model"),
-    "T": field("sweeps"),
-    "time ratio": with_quartiles("time_ratio"),
-    "limit": field("limit", ".2f"),
-    "over": field("over_limit", ".1%"),
-    "memory ratio": field("memory_ratio", ".2f"),
-    "with checkpointing, PC": lambda line: format(line["memory_ratio_checkpointed"]["pc"], ".2f"),
-    "backprop": lambda line: format(line["memory_ratio_checkpointed"]["backprop"], ".2f"),
-    "relaxed_fraction": field("relaxed_fraction", ".4f"),
-    "residual": field("residual", ".4f"),
-}
 TABLES: dict[str, dict[str, Column]] = {
-    "step_cost": STEP,
+    "step_cost": {
+        "model": field("model"),
+        "T": field("sweeps"),
+        "time ratio": with_quartiles("time_ratio"),
+        "limit": field("limit", ".2f"),
+        "over": field("over_limit", ".1%"),
+        "memory ratio": field("memory_ratio", ".2f"),
+        "with checkpointing, PC": lambda line: format(line["memory_ratio_checkpointed"]["pc"], ".2f"),
+        "backprop": lambda line: format(line["memory_ratio_checkpointed"]["backprop"], ".2f"),
+        "relaxed_fraction": field("relaxed_fraction", ".4f"),
+        "residual": field("residual", ".4f"),
+    },
     "state_memory": {
         "model": field("model"),
         "blocks": field("layers"),

@@ -203,9 +203,7 @@ class PCModel:
             self.relaxation.pieces = not self._sharded and forward is self.model
             self.relaxation.followed = first and any(other.warm for other in self.phases)
             # what waits at a site is taken up by the last phase, if that has the same sites
-            later = (
-                phase is not PLAIN and phase is not self.phases[-1] and all(other.warm for other in self.phases[1:])
-            )
+            later = not self._ends_with(phase) and all(other.warm for other in self.phases[1:])
             self._defers = later and not routed
             self.relaxation.weights = [p for p in self.model.parameters() if p.requires_grad]
             if any(phase.own_labels for phase in self.phases) and first:
@@ -228,13 +226,17 @@ class PCModel:
                         relaxing.enter_context(reused)
                     self._confirm = self._relax(batch, labels, weight_step, forward, freeze)
                 yield self.relaxation
-            over = phase is self.phases[-1] or phase is PLAIN
+            over = self._ends_with(phase)
         finally:
             self._before = None if over else self.relaxation
             self.relaxation = self._random = self._confirm = None
             self._states = {}
             if over:
                 self._first_prediction.forget()
+
+    def _ends_with(self, phase: Phase) -> bool:
+        """Whether a step is over after this phase."""
+        return phase is PLAIN or phase is self.phases[-1]
 
     def _relax(
         self,
@@ -282,8 +284,7 @@ class PCModel:
         self.relaxation.pieces = bare and not self._sharded and not routes(self.model, batch)
         first = self._first_prediction
         self.relaxation.defers = mode == LEARN and self._defers and first.serves_learning()
-        last = self.relaxation.phase is PLAIN or self.relaxation.phase is self.phases[-1]
-        learns = mode == LEARN and last and first.learns()
+        learns = mode == LEARN and self._ends_with(self.relaxation.phase) and first.learns()
         with first.reused(graph=learns) if self.relaxation.defers or learns else nullcontext():
             self.relaxation.begin(mode)
             outputs, energy = self._pass(forward, batch, labels)

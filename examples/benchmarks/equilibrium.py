@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from characters import characters
-from language import arguments, compare, positive
+from language import arguments, compare
+from options import positive
 
 from hf_pc import PCConfig
 from hf_pc.learning import RULES

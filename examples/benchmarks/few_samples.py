@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from characters import characters
-from language import arguments, compare, positive
+from language import arguments, compare
+from options import positive
 from regimes import SIZE, methods
 
 DEFAULTS = SIZE | {"steps": 600, "batch": 8, "output_dir": Path("runs/few_samples")}

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from datasets import DatasetDict
-from language import chosen, positive
+from language import chosen
+from options import positive
 from regimes import methods
 from text_task import TextArguments, load, model_of, options, tokenizer_of
 from transformers import set_seed

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from characters import characters
-from language import Batch, arguments, drawn, gpt2, positive, train, windows
+from language import Batch, arguments, drawn, gpt2, train, windows
+from options import positive
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from options import natural, positive
 from report import picture, show
 from scipy import stats
 from torch import Tensor
@@ -54,17 +55,6 @@ def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentPars
     if "output_dir" in defaults:
         parser.add_argument("--output_dir", type=Path, default=defaults["output_dir"], help="for table and figure")
     return parser
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not allowed: at least 1 is needed")
-    return value
-
-
-def natural(text: str) -> int:
-    return positive(text) if text != "0" else 0
 
 
 def split(args: argparse.Namespace) -> tuple[str, str, str]:

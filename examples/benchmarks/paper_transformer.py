@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from language import Text, arguments, compare, positive, split
+from language import Text, arguments, compare, split
+from options import positive
 from tokenizers import ByteLevelBPETokenizer
 
 from hf_pc import PCConfig

@@ -38,14 +38,8 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from options import positive
 from peer_libraries import BACKPROP, LIBRARIES, REST, Array, Problem
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not allowed: at least 1 is needed")
-    return value
 
 
 def interpreter(text: str) -> str:

@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from step_cost import build, peak_bytes, positive, reset_peak
+from options import positive
+from step_cost import build, peak_bytes, reset_peak
 from timelines import costs_of, draw
 
 from hf_pc import PCConfig, PCModel

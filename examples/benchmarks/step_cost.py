@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from options import positive
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_pc import PCConfig, PCModel
@@ -32,13 +33,6 @@ from hf_pc.output import Output
 from hf_pc.placement import blocks
 
 SETTING = ("model", "solver", "layers", "hidden", "sequence", "batch", "vocab", "threads", "seed")
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not allowed: at least 1 is needed")
-    return value
 
 
 def parse() -> argparse.Namespace:
