@@ -57,6 +57,8 @@ TABLES: dict[str, dict[str, Column]] = {
         "sequence": field("sequence"),
         "T": field("sweeps"),
         "memory ratio": field("memory_ratio", ".2f"),
+        "relaxed_fraction": field("relaxed_fraction", ".4f"),
+        "residual": field("residual", ".4f"),
     },
     "peers": {
         "library": field("library"),

@@ -34,12 +34,13 @@ def test_a_changed_result_changes_its_page(tables: Any, tmp_path: Path, monkeypa
     before = "# A\n<!-- table: state_memory -->\n<!-- end of table -->\nafter\n"
     readme.write_text(before)
     line = '{"model": "gpt2", "layers": 24, "hidden": 128, "sequence": 8, "sweeps": 3, "memory_ratio": 0.281'
+    line += ', "relaxed_fraction": 0.00057, "residual": 0.53986'
     (results / "state_memory.jsonl").write_text(line + ', "machine": "a toaster"}\n')
     with pytest.raises(ValueError, match=r"would change README\.md"):
         tables.main(["--check"])
     assert readme.read_text() == before
     assert tables.main([]) == [readme]
-    assert "| gpt2 | 24 | 128 | 8 | 3 | 0.28 |\n\nMachine: a toaster.\n" in readme.read_text()
+    assert "| gpt2 | 24 | 128 | 8 | 3 | 0.28 | 0.0006 | 0.5399 |\n\nMachine: a toaster.\n" in readme.read_text()
     assert readme.read_text().endswith("<!-- end of table -->\nafter\n")
     assert tables.main(["--check"]) == []
     (results / "state_memory.jsonl").write_text(line + "}\n")

@@ -38,7 +38,7 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-from options import positive
+from options import natural, positive
 from peer_libraries import BACKPROP, LIBRARIES, REST, Array, Problem
 
 
@@ -56,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, value in {"batch": 64, "runs": 31}.items():
         parser.add_argument(f"--{name}", type=positive, default=value)
     parser.add_argument("--step_size", type=float, default=0.1, help='of every update that is not "auto"')
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--worker", choices=LIBRARIES, help=argparse.SUPPRESS)  # the library that this process runs
     args = parser.parse_args(argv)
     args.T = list(dict.fromkeys(args.T))
@@ -66,8 +66,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"argument --runs: {args.runs} is not allowed: quartiles need at least 2")
     if not 0 < args.step_size < math.inf:
         parser.error(f"argument --step_size: {args.step_size} is not allowed: a number above 0 is needed")
-    if args.seed < 0:
-        parser.error(f"argument --seed: {args.seed} is not allowed: at least 0 is needed")
     return args
 
 
