@@ -15,6 +15,7 @@ PC_CONFIG_NAME = "pc_config.json"
 DEFAULT_RELAXED_FRACTION = 0.03
 WEIGHT_UPDATES = ("final", "every_sweep")
 DROPOUT_POLICIES = ("replay", "off")
+RELAXATION_DTYPES = ("bfloat16", "float16")
 
 
 #: what a scale may be: beyond it float32 runs over
@@ -129,6 +130,8 @@ class PCConfig:
         tolerance: residual under which a sequence is at rest and moves no more (with step "auto"); the relaxation
             ends once all are. 0 never stops early.
         dropout: "replay" (each sweep of a step sees the same mask) or "off" (no dropout while training by PC).
+        relaxation_dtype: "bfloat16" or "float16": sweeps before the last run under `torch.autocast` in it, and the
+            learning pass as ever (solver "error", whose errors stay in float32). None relaxes as it learns.
         compile: `torch.compile` the forward of each node's module; not with attention logits or nodes inside nodes.
 
     Raises:
@@ -171,6 +174,9 @@ class PCConfig:
     tolerance: float = field(default=0.0, metadata={"help": "Residual under which a sequence stops relaxing."})
     dropout: Literal["replay", "off"] = field(
         default="replay", metadata={"help": "Same mask in every sweep of a step, or no dropout."}
+    )
+    relaxation_dtype: str | None = field(
+        default=None, metadata={"help": "bfloat16 or float16: relax under autocast in it, learn as ever."}
     )
     compile: bool = field(default=False, metadata={"help": "Compile the forward of each node's module."})
 
@@ -219,6 +225,10 @@ class PCConfig:
             raise ValueError(f"PCConfig.tolerance={self.tolerance!r} is not allowed: 0 <= tolerance < 1 is needed")
         if self.dropout not in DROPOUT_POLICIES:
             raise ValueError(f"PCConfig.dropout={self.dropout!r} is unknown; allowed: {DROPOUT_POLICIES}")
+        if self.relaxation_dtype not in (None, *RELAXATION_DTYPES):
+            raise ValueError(
+                f"PCConfig.relaxation_dtype={self.relaxation_dtype!r} is unknown; allowed: {RELAXATION_DTYPES}, None"
+            )
         if not isinstance(self.compile, bool):
             raise ValueError(f"PCConfig.compile={self.compile!r} is not allowed: true or false is needed")
         if self.compile and self.attention_energy is not None:
@@ -240,6 +250,11 @@ class PCConfig:
             raise ValueError(
                 f"PCConfig.learning={self.learning!r} needs step_size='auto', not {self.step_size!r}: phases relaxed "
                 "by unequal amounts do not cancel"
+            )
+        if self.relaxation_dtype is not None and not solver.stores_errors:
+            raise ValueError(
+                f"PCConfig.relaxation_dtype={self.relaxation_dtype!r} needs solver='error', not {self.solver!r}: the "
+                "rounding of a prediction would be an error of its state"
             )
         if self.attention_energy == "learned_variance":
             raise ValueError("PCConfig.attention_energy='learned_variance' is not allowed: the keys of a sequence are "

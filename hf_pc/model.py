@@ -11,7 +11,7 @@ import json
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -60,6 +60,9 @@ class PCModel:
         self.output = Output.of(model, self.config.output)
         self.solver = SOLVERS[self.config.solver](self.config)
         self.steering = Steering(self.config)
+        #: what sweeps before the last are computed in; None: in what is learned in
+        lower = self.config.relaxation_dtype
+        self._lower: torch.dtype | None = None if lower is None else getattr(torch, lower)
         #: the relaxations of one step; the first is the one that is reported
         self.phases: tuple[Phase, ...] = RULES[self.config.learning]
         self.share = Share()
@@ -204,7 +207,7 @@ class PCModel:
             self.relaxation.followed = first and any(other.warm for other in self.phases)
             # what waits at a site is taken up by the last phase, if that has the same sites
             later = not self._ends_with(phase) and all(other.warm for other in self.phases[1:])
-            self._defers = later and not routed
+            self._defers = later and not routed and self._lower is None
             self.relaxation.weights = [p for p in self.model.parameters() if p.requires_grad]
             if any(phase.own_labels for phase in self.phases) and first:
                 # before the generator is noted: what is restored in every pass would give every step the same draw
@@ -217,7 +220,7 @@ class PCModel:
                     freezing = self._frozen() if weight_step is None else nullcontext()
                     freeze = cache(lambda: relaxing.enter_context(freezing))  # once, however often it is called
                     # whether the module of the first node learns through what the first pass has of it
-                    keeps = first and not together and not routed and self.solver.one_backward
+                    keeps = first and not together and not routed and self.solver.one_backward and self._lower is None
                     keeps = keeps and self._first_prediction.may_learn()
                     if not keeps:
                         freeze()
@@ -250,7 +253,8 @@ class PCModel:
         assert relaxation is not None
 
         def sweep() -> Tensor:
-            energy = self._pass(forward, batch, labels)[1]
+            with self._lowered():
+                energy = self._pass(forward, batch, labels)[1]
             freeze()
             if not relaxation.sites:
                 raise _NothingToRelax
@@ -284,7 +288,7 @@ class PCModel:
         self.relaxation.pieces = bare and not self._sharded and not routes(self.model, batch)
         first = self._first_prediction
         self.relaxation.defers = mode == LEARN and self._defers and first.serves_learning()
-        learns = mode == LEARN and self._ends_with(self.relaxation.phase) and first.learns()
+        learns = mode == LEARN and self._lower is None and self._ends_with(self.relaxation.phase) and first.learns()
         with first.reused(graph=learns) if self.relaxation.defers or learns else nullcontext():
             self.relaxation.begin(mode)
             outputs, energy = self._pass(forward, batch, labels)
@@ -337,6 +341,13 @@ class PCModel:
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
+
+    def _lowered(self) -> AbstractContextManager[Any]:
+        """What a sweep that nothing is learned from runs in."""
+        if self._lower is None:
+            return nullcontext()
+        device = next(p.device.type for p in self.model.parameters() if p.device.type != "meta")
+        return torch.autocast(device, self._lower)
 
     @contextmanager
     def _dropout(self) -> Iterator[None]:

@@ -30,6 +30,8 @@ from hf_pc.config import DEFAULT_RELAXED_FRACTION
         ({"step_size": 0}, "step_size=0"),
         ({"tolerance": -0.1}, "tolerance=-0.1"),
         ({"dropout": "maybe"}, "dropout='maybe'"),
+        ({"relaxation_dtype": "float32"}, "relaxation_dtype='float32' is unknown; allowed: .'bfloat16', 'float16'"),
+        ({"relaxation_dtype": "float16", "solver": "state"}, "needs solver='error', not 'state'"),
         ({"energy": "gausian"}, "energy='gausian'.*'gaussian'"),
         ({"solver": "adam"}, "solver='adam'.*'error'"),
         ({"nodes": []}, "nodes="),

@@ -10,6 +10,7 @@ from test_invariants import batch, gradients, make
 from torch import Tensor
 
 from hf_pc import PCConfig, PCModel
+from hf_pc.learning import RULES
 
 CONFIG = {"sweeps": 3, "relative_std": 0.3}
 
@@ -57,6 +58,25 @@ def test_autocast_learns_the_same(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=dtype):
         found = learned(make("gpt2"), batch(), 256.0)
     assert distance(found, expected) < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("values", [{}, {"learning": "one_sided", "sweeps": 5}], ids=str)
+def test_relaxation_in_lower_precision(dtype: torch.dtype, values: dict[str, Any]) -> None:
+    """Sweeps that nothing is learned from run in it and no others, the first block's included; the gradient is that of
+    relaxing in float32 to the rounding of the errors."""
+    model = make("gpt2")
+    seen: list[list[torch.dtype]] = [[], []]
+    for name, dtypes in zip(("transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"), seen, strict=True):
+        model.get_submodule(name).register_forward_hook(lambda m, a, output, to=dtypes: to.append(output.dtype))
+    lower = str(dtype).removeprefix("torch.")
+    found = learned(model, batch(), **values, relaxation_dtype=lower)
+    expected = learned(make("gpt2"), batch(), **values)
+    assert 0 < distance(found, expected) < 0.004
+    rule = RULES[values.get("learning", "plain")]
+    sweeps = [values.get("sweeps", 3) - 2 * phase.warm for phase in rule]
+    assert seen[0] == [dtype] + [torch.float32] * len(rule)  # relaxing, the first block is run once
+    assert seen[1] == [kind for count in sweeps for kind in [*[dtype] * (count - 1), torch.float32]]
 
 
 @pytest.mark.parametrize("solver", ["error", "state"])

@@ -5,12 +5,16 @@
 Trains a small GPT-2 on characters by backprop, then prints one JSON line per choice of nodes and rule: the norm of the
 difference of the two gradients over that of backprop's, in float64, mean over a few batches. The precision is steered
 to the target by plain learning first, with the weights held.
+
+With `--relaxation_dtypes bfloat16 float16` all of it in float32, and a line for each of these too, whose "change" is
+the distance of its gradient to that of the same rule relaxed in float32, over the norm of that.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import sys
 from typing import Any
@@ -34,36 +38,49 @@ def gradient_of(model: GPT2LMHeadModel) -> Tensor:
     return found
 
 
+def distance(found: list[Tensor], true: list[Tensor]) -> float:
+    """|found - true| / |true|, mean over batches."""
+    return statistics.fmean(float((f - t).norm() / t.norm()) for f, t in zip(found, true, strict=True))
+
+
 def measure(
     model: GPT2LMHeadModel, nodes: str, args: argparse.Namespace, batches: list[Batch]
 ) -> list[dict[str, Any]]:
     """One line per rule, for one choice of nodes."""
-    steered = PCModel(model, PCConfig(nodes=nodes, relaxed_fraction=args.relaxed_fraction, sweeps=args.sweeps))
+    common: dict[str, Any] = {"nodes": nodes, "sweeps": args.sweeps}
+    steered = PCModel(model, PCConfig(**common, relaxed_fraction=args.relaxed_fraction))
     for _ in range(STEERING_STEPS):
         for batch in batches:
             steered.accumulate_grad(**batch)
         steered.steer()
     steered.detach()
     model.zero_grad()
+    trues = []
+    for batch in batches:
+        steered.backprop_loss(batch).backward()  # type: ignore[no-untyped-call]
+        trues.append(gradient_of(model))
     lines = []
     for rule in args.rules:
-        pc = PCModel(model, PCConfig(nodes=nodes, learning=rule, sweeps=args.sweeps))
-        pc.load_state_dict(steered.state_dict())
-        distances, fractions, residuals = [], [], []
-        for batch in batches:
-            pc.backprop_loss(batch).backward()  # type: ignore[no-untyped-call]
-            true = gradient_of(model)
-            found = pc.accumulate_grad(**batch)
-            distances.append(float((gradient_of(model) - true).norm() / true.norm()))
-            fractions.append(found.relaxed_fraction)
-            residuals.append(found.residual)
-        pc.detach()
-        lines.append({
-            "nodes": nodes, "rule": rule, "distance": statistics.fmean(distances),
-            "relaxed_fraction": statistics.fmean(fractions), "residual": statistics.fmean(residuals),
-            "sweeps": args.sweeps, "batches": len(batches),
-        })  # fmt: skip
-        print(json.dumps(lines[-1]), flush=True)
+        same: list[Tensor] = []  # what the rule finds where it relaxes as it learns
+        for dtype in (None, *args.relaxation_dtypes):
+            pc = PCModel(model, PCConfig(**common, learning=rule, relaxation_dtype=dtype))
+            pc.load_state_dict(steered.state_dict())
+            reports = []
+            gradients = []
+            for batch in batches:
+                reports.append(pc.accumulate_grad(**batch))
+                gradients.append(gradient_of(model))
+            pc.detach()
+            same = same or gradients
+            lines.append({
+                "nodes": nodes, "rule": rule, "relaxation_dtype": dtype,
+                "distance": distance(gradients, trues), "change": distance(gradients, same),
+                "relaxed_fraction": statistics.fmean(found.relaxed_fraction for found in reports),
+                "residual": statistics.fmean(found.residual for found in reports),
+                "sweeps": args.sweeps, "batches": len(batches), "seed": 0,
+                "machine": f"{platform.machine()} cpu, torch {torch.__version__}",
+            })  # fmt: skip
+            print(json.dumps(lines[-1]), flush=True)
     return lines
 
 
@@ -73,13 +90,14 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--relaxed_fraction", type=float, default=0.1)
     parser.add_argument("--rules", nargs="+", default=["plain", "centred", "extrapolated"])
     parser.add_argument("--nodes", nargs="+", default=["block"], help="presets or patterns, each measured by itself")
+    parser.add_argument("--relaxation_dtypes", nargs="+", default=[], help="bfloat16, float16: lines for these too")
     parser.add_argument("--batches", type=positive, default=3)
     args = parser.parse_args(argv)
     text = characters(args)
     model = gpt2(args, text.vocabulary, 0, torch.device("cpu"))
     train(model, None, drawn(text, args, 0), args.steps, args.learning_rate, "backprop")
     model.zero_grad()
-    model.double().eval()
+    model.to(torch.float32 if args.relaxation_dtypes else torch.float64).eval()  # autocast leaves float64 alone
     batches = list(windows(text.train, args.sequence, args.batch, args.batches, 99))
     return [line for nodes in args.nodes for line in measure(model, nodes, args, batches)]
 

@@ -3,12 +3,13 @@
     python examples/benchmarks/scaling.py --processes 1 2 4 --layers 8 --sweeps 10 --output_dir runs/scaling
 
 Prints one JSON line per number of processes, each process with one thread. "speedup" is the median of interleaved
-pairs with one process that has the whole model, in the same launch. With --weak the blocks grow with the processes
-(--layers is then per process). "predicted_seconds" is the model of hf_pc.distributed.cost, from the times of one
-process's blocks; --predict 64 prints it for processes that are not there, of a model with a
-block for each at least. Memory is each process's peak over what it had before it built the model: weights, gradients,
-AdamW's state and activations. Leaves timeline_2.png and so on: who
-computed what when in one step, and below it GPipe's schedule for backprop on the same split, from the same times.
+pairs with one process that has the whole model, in the same launch; "machine_speedup" is what the processors give at
+most in the same turns: how many of those single steps they do at once, in the time of one alone. With --weak the
+blocks grow with the processes (--layers is then per process). "predicted_seconds" is the model of
+hf_pc.distributed.cost, from the times of one process's blocks; --predict 64 prints it for processes that are not
+there, of a model with a block for each at least. Memory is each process's peak over what it had before it built the
+model: weights, gradients, AdamW's state and activations. Leaves timeline_2.png and so on: who computed what when in
+one step, and below it GPipe's schedule for backprop on the same split, from the same times.
 """
 
 from __future__ import annotations
@@ -75,18 +76,22 @@ def timed(args: argparse.Namespace) -> None:
     """In every process: interleaved steps of the whole model in process 0 and of the split one; a line from 0."""
     model, inputs = build(args, CPU)
     rank, count = dist.get_rank(), dist.get_world_size()
-    whole = PCModel(copy.deepcopy(model), configured(args)) if rank == 0 and count > 1 else None
+    whole = PCModel(copy.deepcopy(model), configured(args)) if count > 1 else None
     split = SplitPCModel(model, configured(args), split=args.split)
-    singles, times, ratios = [], [], []
+    singles, times, ratios, bounds = [], [], [], []
     for run in range(args.runs + 1):
         dist.barrier()
-        single = step(whole, inputs) if whole is not None else 0.0
+        single = step(whole, inputs) if whole is not None and rank == 0 else 0.0
+        dist.barrier()
+        crowd = torch.tensor(step(whole, inputs) if whole is not None else 0.0)  # the same, all processes at once
         dist.barrier()
         took = torch.tensor(step(split, inputs))
         single = single if count > 1 else float(took)
         dist.all_reduce(took, dist.ReduceOp.MAX)
+        dist.all_reduce(crowd)
         if run:
             singles, times, ratios = [*singles, single], [*times, float(took)], [*ratios, single / float(took)]
+            bounds.append(count**2 * single / float(crowd) if whole is not None else 1.0)
     sent = split.neighbours.sent
     split.timeline.on = True
     dist.barrier()
@@ -103,6 +108,7 @@ def timed(args: argparse.Namespace) -> None:
         "seconds": statistics.median(times), "single_seconds": statistics.median(singles),
         "speedup": round(statistics.median(ratios), 3),
         "speedup_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]],
+        "machine_speedup": round(statistics.median(bounds), 3),
         "split": split.split, "bytes_per_sweep": [found[1] // max(1, args.sweeps - 1) for found in events],
         "idle_share": [round(w / (end - begin), 3) for w in waited], "timelines": timelines,
     }  # fmt: skip

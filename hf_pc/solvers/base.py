@@ -27,6 +27,8 @@ class Solver(ABC):
 
     #: whether `state_optimizer` is followed, weights may move at every sweep, a step may have several phases
     takes_optimizer = moves_weights = takes_phases = False
+    #: whether leaves are errors, so that predictions may be rounded in one pass as they are not in the next
+    stores_errors = False
     #: whether one `backward()` is all that goes through a learning pass's graph
     one_backward = False
 

@@ -21,7 +21,7 @@ from hf_pc.solvers.descent import Descent
 class ErrorSolver(Solver):
     """Relaxation in error coordinates; `step_size` "auto" never raises a sequence's free energy."""
 
-    takes_phases = one_backward = True
+    takes_phases = stores_errors = one_backward = True
 
     def join(self, relaxation: Relaxation, site: Site, mu: Tensor) -> Tensor:
         if relaxation.at_rest:
