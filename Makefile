@@ -6,7 +6,7 @@ SERVICE ?= pypi
 TOOLS := build/tools
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: install lock audit test demo lint types docs clean
+.PHONY: install lock audit test coverage demo lint types docs clean
 
 install: .venv/installed
 
@@ -37,6 +37,13 @@ $(TOOLS)/installed: Makefile
 
 test: install
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# Branches of hf_pc/ that the tests go through, in every process that they start; fails under 95%.
+coverage: install
+	$(BIN)/coverage erase
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n auto --dist loadfile
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 demo: install
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
