@@ -1,0 +1,93 @@
+"""Descent with a guarantee, against the same written out in numpy, and where a free energy is no number."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from oracles.descent import descend
+from oracles.linear import LinearChain
+
+from hf_pc import NodeSpec, PCConfig, PCModel
+from hf_pc.solvers.state import FIRST_RATE
+
+ROWS, WIDTH = 4, 3
+X, Y = torch.randn(2, ROWS, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+ONE_NODE = ([0.003], [0.05], [0.3], [2.0], [40.0])
+TWO_NODES = ([0.02, 0.9], [1.5, 0.2], [0.3, 30.0])
+
+
+def attach(model: LinearChain, precision: list[float], sweeps: int, **settings: object) -> PCModel:
+    nodes = [NodeSpec(f"blocks.{i}", precision=value) for i, value in enumerate(precision)]
+    return PCModel(model, PCConfig(nodes=nodes, output="gaussian", sweeps=sweeps, **settings))  # type: ignore[arg-type]
+
+
+def expected(model: LinearChain, precision: list[float], *given: float) -> list[tuple[np.ndarray, int]]:
+    """Errors and refusals of each sequence by itself."""
+    way, ways = model.head.weight.detach().numpy(), []
+    for matrix in reversed(model.matrices()):
+        ways.insert(0, way)
+        way = way @ matrix
+    p = np.repeat(precision, WIDTH)
+    return [descend(np.hstack(ways), y - way @ x, p, *given) for x, y in zip(X.numpy(), Y.numpy(), strict=True)]
+
+
+CASES = [*(("error", precision) for precision in (*ONE_NODE, *TWO_NODES)), *(("state", one) for one in ONE_NODE)]
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.1])
+@pytest.mark.parametrize(("solver", "precision"), CASES, ids=str)
+def test_each_sequence_descends_on_its_own(solver: str, precision: list[float], tolerance: float) -> None:
+    """At every number of sweeps errors and refused moves are those of each sequence alone, whatever is refused.
+
+    The state of a single node moves as its error does.
+    """
+    model = LinearChain(layers=len(precision), width=WIDTH)
+    rate = 1.0 if solver == "error" else FIRST_RATE
+    for sweeps in range(1, 9):
+        found = expected(model, precision, sweeps, rate, tolerance)
+        pc = attach(model, precision, sweeps, solver=solver, tolerance=tolerance)
+        with pc.relaxed({"inputs": X, "labels": Y}) as relaxation:
+            pc.learning_pass({"inputs": X, "labels": Y})
+            leaves = [site.leaf.detach() for site in relaxation.sites]
+            errors = leaves if solver == "error" else [leaves[0] - X @ model.layers[0].weight.detach().T]
+            np.testing.assert_allclose(torch.cat(errors, 1).numpy(), [e for e, _ in found], rtol=1e-7, atol=1e-9)
+            assert relaxation.refused == sum(refused for _, refused in found)
+            if not tolerance:
+                assert relaxation.tried == ROWS * (sweeps - 1)
+        pc.detach()
+
+
+def test_some_moves_are_refused_and_some_not() -> None:
+    """The cases above hold both: else they would say nothing of what follows a refusal."""
+    refused = [expected(LinearChain(layers=len(p), width=WIDTH), p, 8)[0][1] for p in (*ONE_NODE, *TWO_NODES)]
+    assert 0 in refused
+    assert len(set(refused)) > 2
+
+
+def test_a_second_learning_pass_stands() -> None:
+    """Only the pass that follows the last move is judged: learning again from the same errors runs once."""
+    pc = attach(LinearChain(layers=1, width=WIDTH), [0.05], 4)
+    with pc.relaxed({"inputs": X, "labels": Y}) as relaxation:
+        pc.learning_pass({"inputs": X, "labels": Y})
+        before, leaf = relaxation.sweeps, relaxation.sites[0].leaf.detach().clone()
+        pc.learning_pass({"inputs": X, "labels": Y})
+        assert relaxation.sweeps == before + 1
+        assert torch.equal(relaxation.sites[0].leaf, leaf)
+
+
+def test_a_sequence_that_is_no_number_is_left_to_the_guard() -> None:
+    """No move of it is refused, and the others descend as without it."""
+    model = LinearChain(layers=1, width=WIDTH)
+    broken = X.clone()
+    broken[1] = torch.nan
+    reports = []
+    for inputs, labels in ((broken, Y), (X[[0, 2, 3]], Y[[0, 2, 3]])):
+        pc = attach(model, [0.05], 5)
+        with pc.relaxed({"inputs": inputs, "labels": labels}) as relaxation:
+            pc.learning_pass({"inputs": inputs, "labels": labels})
+            reports.append((relaxation.refused, relaxation.sites[0].leaf.detach()))
+            assert relaxation.first_nonfinite() == ("blocks.0" if inputs is broken else None)
+        pc.detach()
+    assert reports[0][0] == reports[1][0] > 0
+    torch.testing.assert_close(reports[0][1][[0, 2, 3]], reports[1][1])
