@@ -62,6 +62,7 @@ TABLES: dict[str, dict[str, Column]] = {
     },
     "relaxation_dtype": {
         "rule": lambda line: f"`{line['rule']}`",
+        "target": field("target", "g"),
         "sweeps run in": lambda line: line["relaxation_dtype"] or "float32",
         "distance to backprop": field("distance", ".4f"),
         "change": field("change", ".4f"),

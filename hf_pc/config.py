@@ -130,8 +130,8 @@ class PCConfig:
         tolerance: residual under which a sequence is at rest and moves no more (with step "auto"); the relaxation
             ends once all are. 0 never stops early.
         dropout: "replay" (each sweep of a step sees the same mask) or "off" (no dropout while training by PC).
-        relaxation_dtype: "bfloat16" or "float16": sweeps before the last run under `torch.autocast` in it, and the
-            learning pass as ever (solver "error", whose errors stay in float32). None relaxes as it learns.
+        relaxation_dtype: "bfloat16" or "float16": sweeps between the first and the last run under `torch.autocast` in
+            it (solver "error", weights in float32; the errors stay in float32). None relaxes as it learns.
         compile: `torch.compile` the forward of each node's module; not with attention logits or nodes inside nodes.
 
     Raises:
@@ -176,7 +176,7 @@ class PCConfig:
         default="replay", metadata={"help": "Same mask in every sweep of a step, or no dropout."}
     )
     relaxation_dtype: str | None = field(
-        default=None, metadata={"help": "bfloat16 or float16: relax under autocast in it, learn as ever."}
+        default=None, metadata={"help": "bfloat16 or float16, of sweeps between the first and the last."}
     )
     compile: bool = field(default=False, metadata={"help": "Compile the forward of each node's module."})
 

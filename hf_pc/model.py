@@ -11,7 +11,7 @@ import json
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -60,9 +60,10 @@ class PCModel:
         self.output = Output.of(model, self.config.output)
         self.solver = SOLVERS[self.config.solver](self.config)
         self.steering = Steering(self.config)
-        #: what sweeps before the last are computed in; None: in what is learned in
         lower = self.config.relaxation_dtype
+        #: what sweeps between the first and the last are computed in; None: in what is learned in
         self._lower: torch.dtype | None = None if lower is None else getattr(torch, lower)
+        _check_float32(model, lower)
         #: the relaxations of one step; the first is the one that is reported
         self.phases: tuple[Phase, ...] = RULES[self.config.learning]
         self.share = Share()
@@ -180,6 +181,11 @@ class PCModel:
             raise RuntimeError("this PCModel is detached: attach() it first")
         if self.relaxation is not None:
             raise RuntimeError("this PCModel is relaxing a batch already: one batch at a time")
+        if self._lower is not None and any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            raise ValueError(
+                f"relaxation_dtype={self.config.relaxation_dtype!r} is not allowed under autocast, where the learning "
+                "pass has no more precision than the sweeps"
+            )
         first = phase is self.phases[0] or phase is PLAIN
         if first:
             self._before = None
@@ -204,10 +210,11 @@ class PCModel:
                 self.relaxation.agree = lambda holds: everywhere(holds, device)
             # a sharded model gathers a block for one backward pass through it, which pieces would not be
             self.relaxation.pieces = not self._sharded and forward is self.model
+            self.relaxation.lower = self._lower
             self.relaxation.followed = first and any(other.warm for other in self.phases)
             # what waits at a site is taken up by the last phase, if that has the same sites
             later = not self._ends_with(phase) and all(other.warm for other in self.phases[1:])
-            self._defers = later and not routed and self._lower is None
+            self._defers = later and not routed
             self.relaxation.weights = [p for p in self.model.parameters() if p.requires_grad]
             if any(phase.own_labels for phase in self.phases) and first:
                 # before the generator is noted: what is restored in every pass would give every step the same draw
@@ -220,7 +227,7 @@ class PCModel:
                     freezing = self._frozen() if weight_step is None else nullcontext()
                     freeze = cache(lambda: relaxing.enter_context(freezing))  # once, however often it is called
                     # whether the module of the first node learns through what the first pass has of it
-                    keeps = first and not together and not routed and self.solver.one_backward and self._lower is None
+                    keeps = first and not together and not routed and self.solver.one_backward
                     keeps = keeps and self._first_prediction.may_learn()
                     if not keeps:
                         freeze()
@@ -253,7 +260,7 @@ class PCModel:
         assert relaxation is not None
 
         def sweep() -> Tensor:
-            with self._lowered():
+            with nullcontext() if relaxation.at_rest else self._lowered():
                 energy = self._pass(forward, batch, labels)[1]
             freeze()
             if not relaxation.sites:
@@ -288,7 +295,7 @@ class PCModel:
         self.relaxation.pieces = bare and not self._sharded and not routes(self.model, batch)
         first = self._first_prediction
         self.relaxation.defers = mode == LEARN and self._defers and first.serves_learning()
-        learns = mode == LEARN and self._lower is None and self._ends_with(self.relaxation.phase) and first.learns()
+        learns = mode == LEARN and self._ends_with(self.relaxation.phase) and first.learns()
         with first.reused(graph=learns) if self.relaxation.defers or learns else nullcontext():
             self.relaxation.begin(mode)
             outputs, energy = self._pass(forward, batch, labels)
@@ -342,12 +349,13 @@ class PCModel:
             for parameter in trained:
                 parameter.requires_grad_(True)
 
-    def _lowered(self) -> AbstractContextManager[Any]:
-        """What a sweep that nothing is learned from runs in."""
-        if self._lower is None:
-            return nullcontext()
-        device = next(p.device.type for p in self.model.parameters() if p.device.type != "meta")
-        return torch.autocast(device, self._lower)
+    @contextmanager
+    def _lowered(self) -> Iterator[None]:
+        with ExitStack() as inside:
+            if self._lower is not None:
+                for device in {p.device.type for p in self.model.parameters()}:
+                    inside.enter_context(torch.autocast(device, self._lower))
+            yield
 
     @contextmanager
     def _dropout(self) -> Iterator[None]:
@@ -538,6 +546,16 @@ class PCModel:
 
 class _NothingToRelax(Exception):  # noqa: N818
     """A model has dropped all its blocks in this step: there is one pass, which learns from the output alone."""
+
+
+def _check_float32(model: nn.Module, lower: str | None) -> None:
+    """Raise ValueError if some weights are not in float32 though sweeps are to be in less."""
+    for name, parameter in model.named_parameters() if lower else ():
+        if parameter.dtype != torch.float32:
+            raise ValueError(
+                f"relaxation_dtype={lower!r} needs weights in float32; {name!r} is in {parameter.dtype}: load the "
+                "model with dtype=torch.float32, or leave relaxation_dtype out"
+            )
 
 
 def _remove(

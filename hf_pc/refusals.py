@@ -35,6 +35,12 @@ def refuse(args: TrainingArguments, config: PCConfig, model: nn.Module | None) -
         )
     _refuse_weight_update(args, config)
     _refuse_compilation(args)
+    mixed = args.bf16 or args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+    if config.relaxation_dtype is not None and mixed:
+        raise ValueError(
+            f"relaxation_dtype={config.relaxation_dtype!r} is not allowed with bf16, fp16 or another mixed precision, "
+            "in which all sweeps and the learning pass run alike: leave one of the two out"
+        )
     drop = None if model is None else layer_drop(model)
     if args.world_size > 1 and drop:
         raise ValueError(

@@ -79,6 +79,7 @@ class Relaxation:
         self.pieces = True  # whether pieces of the graph may be differentiated one by one, before `backward()`
         self.weights: list[Tensor] = []  # what may learn
         self._held: dict[Tensor, Tensor] = {}
+        self.lower: torch.dtype | None = None  # of passes between the first and the last, if not that of those two
         self.followed = False  # whether a phase comes that begins where this one's errors point to
         #: whether what holds here does so on every process, where passes are made by all of them together
         self.agree: Callable[[bool], bool] = lambda holds: holds

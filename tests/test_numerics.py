@@ -60,23 +60,69 @@ def test_autocast_learns_the_same(dtype: torch.dtype) -> None:
     assert distance(found, expected) < 0.03
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("values", [{}, {"learning": "one_sided", "sweeps": 5}], ids=str)
-def test_relaxation_in_lower_precision(dtype: torch.dtype, values: dict[str, Any]) -> None:
-    """Sweeps that nothing is learned from run in it and no others, the first block's included; the gradient is that of
-    relaxing in float32 to the rounding of the errors."""
+def fitted() -> Any:
+    """A model that backprop has fitted to the batch, so that a rounded logit counts for more than a move."""
+    model = make("gpt2")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loss = torch.ones(())
+    while loss > 0.1:
+        model.zero_grad()
+        loss = model(**batch()).loss
+        loss.backward()
+        optimizer.step()
+    model.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("values", [{"sweeps": 4}, {"learning": "one_sided", "sweeps": 5}], ids=str)
+def test_relaxation_in_lower_precision(dtype: str, values: dict[str, Any]) -> None:
+    """Only sweeps between the first and the last run in it; the gradient is that of relaxing in float32 to the
+    rounding of the errors."""
     model = make("gpt2")
     seen: list[list[torch.dtype]] = [[], []]
     for name, dtypes in zip(("transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"), seen, strict=True):
         model.get_submodule(name).register_forward_hook(lambda m, a, output, to=dtypes: to.append(output.dtype))
-    lower = str(dtype).removeprefix("torch.")
-    found = learned(model, batch(), **values, relaxation_dtype=lower)
+    found = learned(model, batch(), **values, relaxation_dtype=dtype)
     expected = learned(make("gpt2"), batch(), **values)
     assert 0 < distance(found, expected) < 0.004
     rule = RULES[values.get("learning", "plain")]
-    sweeps = [values.get("sweeps", 3) - 2 * phase.warm for phase in rule]
-    assert seen[0] == [dtype] + [torch.float32] * len(rule)  # relaxing, the first block is run once
-    assert seen[1] == [kind for count in sweeps for kind in [*[dtype] * (count - 1), torch.float32]]
+    assert seen[0] == [torch.float32]  # the first block runs once, and learns through that
+    kinds = []
+    for phase in rule:
+        at_rest = [] if phase.warm else [torch.float32]
+        lower = [getattr(torch, dtype)] * (values["sweeps"] - 2)
+        kinds += [*at_rest, *(lower[:-1] if phase.warm else lower), torch.float32]
+    assert seen[1] == kinds
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("learning", ["plain", "centred", "one_sided"])
+def test_rounding_refuses_no_move(dtype: str, learning: str) -> None:
+    """On a fitted batch, relaxed weakly or strongly, sequences relax as in float32 and the regime is read as there."""
+    for relative_std in (0.05, 1.0):
+        reports, found = [], []
+        for lower in (None, dtype):
+            model = fitted()
+            config = PCConfig(learning=learning, sweeps=5, relative_std=relative_std, relaxation_dtype=lower)  # type: ignore[arg-type]
+            reports.append(PCModel(model, config).accumulate_grad(**batch()))
+            found.append({name: gradient.double() for name, gradient in gradients(model).items()})
+        full, less = reports
+        assert less.refused == full.refused == 0
+        assert less.feedforward_energy == full.feedforward_energy > full.free_energy
+        assert less.relaxed_fraction == pytest.approx(full.relaxed_fraction, rel=0.01)
+        assert less.residual < full.residual + 5 * torch.finfo(getattr(torch, dtype)).eps
+        assert distance(found[1], found[0]) < 0.01
+
+
+def test_lower_precision_needs_more_to_be_lower_than() -> None:
+    """Weights that are not in float32, and autocast around the step, are refused by name."""
+    for dtype in (torch.float64, torch.bfloat16):
+        with pytest.raises(ValueError, match="relaxation_dtype='bfloat16' needs weights in float32"):
+            PCModel(make("gpt2").to(dtype), PCConfig(relaxation_dtype="bfloat16"))
+    pc = PCModel(make("gpt2"), PCConfig(relaxation_dtype="bfloat16"))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="not allowed under autocast"):
+        pc.accumulate_grad(**batch())
 
 
 @pytest.mark.parametrize("solver", ["error", "state"])

@@ -71,6 +71,16 @@ def test_a_model_that_was_split_when_loaded(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("settings", [{"bf16": True}, {"fp16": True}])
+def test_two_kinds_of_lower_precision(tmp_path: Path, settings: dict[str, bool]) -> None:
+    """Where the learning pass is in mixed precision too, `relaxation_dtype` says nothing more: one of the two."""
+    args = PCTrainingArguments(str(tmp_path), use_cpu=True)
+    for name, value in settings.items():
+        setattr(args, name, value)
+    with pytest.raises(ValueError, match="relaxation_dtype='bfloat16' is not allowed with bf16, fp16"):
+        refuse(args, PCConfig(relaxation_dtype="bfloat16"), None)
+
+
 def test_a_process_without_a_sequence_is_refused() -> None:
     """An iterable data set of fewer rows than processes leaves one an empty first batch, known when it comes."""
     check_first_batch({"labels": torch.zeros(1, 4), "scale": torch.tensor(1.0)})

@@ -73,7 +73,7 @@ def measure(
             pc.detach()
             same = same or gradients
             lines.append({
-                "nodes": nodes, "rule": rule, "relaxation_dtype": dtype,
+                "nodes": nodes, "rule": rule, "relaxation_dtype": dtype, "target": args.relaxed_fraction,
                 "distance": distance(gradients, trues), "change": distance(gradients, same),
                 "relaxed_fraction": statistics.fmean(found.relaxed_fraction for found in reports),
                 "residual": statistics.fmean(found.residual for found in reports),

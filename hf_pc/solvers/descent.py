@@ -6,6 +6,10 @@ its rate where a move was refused, and starts the next one from the best again.
 Moves are Anderson-accelerated (Walker and Ni 2011, type II) with a memory of one: so much of the last move is taken
 back as makes its change of direction cancel the present direction best. A sequence that was just refused moves
 plainly. Two remembered moves converged no further within five sweeps and cost twice the time.
+
+Sweeps may be in lower precision than the first and the last pass. Their free energies differ by the rounding of the
+logits, which is no smaller where they are small: such a sweep is refused for a larger rise alone. The last pass is
+compared with the first, which is as exact, so that no sequence ends above rest.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ GROW, SHRINK = 1.3, 0.4
 
 #: relative rise of F that is rounding of the forward pass, not a rise
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 5e-4}
+#: the same of a pass in lower precision than the first: five units of rounding, for as much the logits may move
+LOWER = {torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
 
 
 class Descent:
@@ -28,7 +34,8 @@ class Descent:
         self.relaxation = relaxation
         self.tolerance = tolerance
         self.first_rate = first_rate
-        self.rounding = ROUNDING[_compute_dtype(relaxation)]
+        lower = relaxation.lower
+        self.rounding = ROUNDING[_compute_dtype(relaxation)] if lower is None else LOWER[lower]
         self.best: list[Tensor] = []
         self.direction: list[Tensor] = []
         self.free_energy: Tensor | None = None
@@ -118,12 +125,20 @@ class Descent:
         """
         if not self.best:
             return True
+        if self.relaxation.lower is not None:
+            self._compare_with_rest()
         stands = self.judge()
         all_stand = bool(stands.all())
         if not all_stand:
             self._restore(stands)
         self.best = self.direction = []  # the backward pass that follows has enough to hold
         return all_stand
+
+    def _compare_with_rest(self) -> None:
+        """What is kept are the leaves at rest: no others have been in the precision of the last pass."""
+        self.free_energy = self.relaxation.rest_energy()
+        self.rounding = ROUNDING[_compute_dtype(self.relaxation)]
+        self.best = [torch.zeros_like(leaf) for leaf in self.best]
 
     def settle(self) -> None:
         """No more moves: forget what only they would need."""
