@@ -79,6 +79,36 @@ def test_weights_learn_from_the_equilibrium(solver: str, residual: bool) -> None
         below = below @ matrix.T + error
 
 
+def test_weights_learn_by_the_step_that_errors_take() -> None:
+    """A single sweep of a fixed step of a half: each node passes on half of the signal that backprop would."""
+    model = LinearChain()
+    expected = backprop(model)
+    attach(model, solver="error", sweeps=1, step_size=0.5).accumulate_grad(inputs=X, labels=Y)
+    for i, layer in enumerate(model.layers):
+        torch.testing.assert_close(layer.weight.grad, expected[f"layers.{i}.weight"] * 0.5 ** (3 - i))
+    torch.testing.assert_close(model.head.weight.grad, expected["head.weight"])
+
+
+@pytest.mark.parametrize("solver", ["error", "state"])
+def test_a_fixed_step_ends_at_rest(solver: str) -> None:
+    """With a tolerance it stops once every sequence's residual is under it, and not a sweep before."""
+    sweeps = []
+    for tolerance in (0.3, 0.03, 0.0):
+        settings = {"solver": solver, "sweeps": 200, "step_size": 0.3, "tolerance": tolerance}
+        pc = attach(LinearChain(), **settings)
+        with pc.relaxed({"inputs": X, "labels": Y}) as relaxation:
+            residual = relaxation.residual().max()
+            sweeps.append(relaxation.sweeps)
+        pc.detach()
+        assert residual < tolerance or not tolerance
+        if tolerance:
+            shorter = attach(LinearChain(), **settings | {"sweeps": relaxation.sweeps, "tolerance": 0.0})
+            with shorter.relaxed({"inputs": X, "labels": Y}) as relaxation:
+                assert relaxation.residual().max() >= tolerance
+            shorter.detach()
+    assert sweeps[0] < sweeps[1] < sweeps[2] == 199
+
+
 def test_state_carries_a_signal_one_node_a_sweep() -> None:
     """After T sweeps, exactly the T - 1 nodes nearest to the output have left their predictions."""
     layers = 5
