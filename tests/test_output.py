@@ -63,3 +63,21 @@ def test_the_output_follows_the_model() -> None:
                            (several, BernoulliOutput)):  # fmt: skip
         model = BertForSequenceClassification(BertConfig(**tiny, vocab_size=8, **settings))
         assert type(Output.of(model)) is kind
+
+
+def test_labels_that_do_not_fit() -> None:
+    """Labels that are no tensor, of another shape than the logits, or no numbers, are errors that say so."""
+    logits = torch.zeros(2, 3, 4)
+    with pytest.raises(ValueError, match="labels of type list are not supported: a tensor is needed"):
+        CategoricalOutput().split({"labels": [1, 2]})
+    with pytest.raises(
+        ValueError, match=r"labels of shape \(2, 2\) do not fit logits of shape \(2, 3, 4\): one class"
+    ):
+        CategoricalOutput().energy(logits, torch.zeros(2, 2).long())
+    with pytest.raises(
+        ValueError, match=r"labels of shape \(2, 3\) do not fit logits of shape \(2, 3, 4\): one number"
+    ):
+        GaussianOutput().energy(logits, torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="labels that are not finite are not allowed"):
+        GaussianOutput().convert(torch.tensor([torch.inf]))
+    assert GaussianOutput().energy(torch.ones(2, 1), torch.zeros(2)).tolist() == [0.5, 0.5]

@@ -71,6 +71,20 @@ def test_a_model_that_was_split_when_loaded(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_weights_that_move_at_every_sweep(tmp_path: Path) -> None:
+    """They move within a batch: accumulation, a gradient scaler and the curvature of a batch are refused."""
+    config = PCConfig(solver="state", weight_update="every_sweep")
+    for name, value, message in (
+        ("gradient_accumulation_steps", 2, "it takes gradient_accumulation_steps=1 and no fp16"),
+        ("fp16", True, "it takes gradient_accumulation_steps=1 and no fp16"),
+        ("curvature_steps", 5, "curvature_steps=5 cannot be had with weight_update='every_sweep'"),
+    ):
+        args = PCTrainingArguments(str(tmp_path), use_cpu=True)
+        setattr(args, name, value)
+        with pytest.raises(ValueError, match=message):
+            refuse(args, config, None)
+
+
 @pytest.mark.parametrize("settings", [{"bf16": True}, {"fp16": True}])
 def test_two_kinds_of_lower_precision(tmp_path: Path, settings: dict[str, bool]) -> None:
     """Where the learning pass is in mixed precision too, `relaxation_dtype` says nothing more: one of the two."""
