@@ -26,6 +26,15 @@ def test_nodes_lists_the_blocks(name: str, tmp_path: Path, capsys: pytest.Captur
     assert all(row["shape"] == [32] and row["energy"] == "gaussian" and row["precision"] == "4" for row in rows)
 
 
+def test_nodes_says_what_holds_the_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The strength of a node is its precision, a share of its activity, or what is steered to."""
+    make("gpt2").config.save_pretrained(tmp_path)
+    shown = {"--relative_std": ("0.2", "1 / (0.2 RMS)^2"), "--relaxed_fraction": ("0.1", "steered to")}
+    for flag, (value, expected) in shown.items():
+        assert main(["nodes", str(tmp_path), flag, value, "--json"]) == 0
+        assert all(row["precision"].startswith(expected) for row in json.loads(capsys.readouterr().out))
+
+
 def test_nodes_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without --json a person reads a table."""
     make("gpt2").config.save_pretrained(tmp_path)
@@ -36,10 +45,11 @@ def test_nodes_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An unknown preset and a missing model are one line each and status 2."""
+    """An unknown preset, a missing model and a missing run are one line each and status 2."""
     make("gpt2").config.save_pretrained(tmp_path)
-    for arguments in ([str(tmp_path), "--nodes", "blok"], [str(tmp_path / "none")]):
-        assert main(["nodes", *arguments]) == 2
+    none = str(tmp_path / "none")
+    for arguments in (["nodes", str(tmp_path), "--nodes", "blok"], ["nodes", none], ["plot", none], ["card", none]):
+        assert main(arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith("hf-pc: ")
         assert error.count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_invariants import batch, make
+from torch import Tensor, nn
 
 from hf_pc import NodeSpec, PCConfig, PCModel
 
@@ -196,3 +198,50 @@ def test_saving_keeps_what_steering_learned(tmp_path: Path) -> None:
     pc.save_pretrained(tmp_path)
     assert PCModel.from_pretrained(tmp_path).state_dict() | {"energies": 0} == pc.state_dict() | {"energies": 0}
     assert pc.state_dict()["energies"]
+
+
+class Odd(nn.Module):
+    """A model with one module that computes what it is told to."""
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.part = nn.Linear(4, 4), nn.Identity()
+        self.part.forward = change  # type: ignore[method-assign]
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        found = self.part(self.first(inputs))
+        return {"logits": found if isinstance(found, Tensor) else found["x"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x: {"x": x}, TypeError, r"node 'part' \(Identity\) returns dict, which holds no tensor first"),
+        (lambda x: x[:2], ValueError, r"node 'part' has an output of shape \(2, 4\), whose first dimension is no"),
+    ],
+)
+def test_what_no_node_can_be(change: Callable[[Tensor], Any], error: type[Exception], message: str) -> None:
+    """A module that returns no tensor, or does not keep sequences apart, is named."""
+    pc = PCModel(Odd(change), PCConfig(nodes="part", output="gaussian"))
+    with pytest.raises(error, match=message):
+        pc.relax(inputs=torch.zeros(3, 4), labels=torch.zeros(3, 4))
+    pc.detach()
+
+
+def test_passes_agree_on_shapes() -> None:
+    """A module that computes another shape in a later sweep is an error that names it."""
+    lengths = iter([4, 3])
+    pc = PCModel(Odd(lambda x: x[:, : next(lengths)]), PCConfig(nodes="part", output="gaussian"))
+    with pytest.raises(RuntimeError, match=r"node 'part' computed shape \(3, 3\) after \(3, 4\) in the same step"):
+        pc.relax(inputs=torch.zeros(3, 4), labels=torch.zeros(3, 4))
+    pc.detach()
+
+
+def test_a_node_that_never_runs_is_named() -> None:
+    """A pass that no node took part in has nothing to relax: an error that names them."""
+    model = Odd(lambda x: x)
+    model.unused = nn.Linear(4, 4)  # type: ignore[assignment]
+    pc = PCModel(model, PCConfig(nodes="unused", output="gaussian"))
+    with pytest.raises(ValueError, match="none of the nodes ran in a pass over Odd: 'unused'"):
+        pc.relax(inputs=torch.zeros(3, 4), labels=torch.zeros(3, 4))
+    pc.detach()
