@@ -245,3 +245,17 @@ def test_a_node_that_never_runs_is_named() -> None:
     with pytest.raises(ValueError, match="none of the nodes ran in a pass over Odd: 'unused'"):
         pc.relax(inputs=torch.zeros(3, 4), labels=torch.zeros(3, 4))
     pc.detach()
+
+
+def test_a_model_without_blocks_is_asked_for_patterns() -> None:
+    """The presets look for transformer blocks; where there are none the error says what to give instead."""
+    with pytest.raises(ValueError, match="nodes='block' finds no transformer block in Odd: give patterns"):
+        PCModel(Odd(lambda x: x), PCConfig(output="gaussian"))
+
+
+def test_steering_without_a_batch_changes_nothing() -> None:
+    """A step of the optimizer that saw no batch leaves what is steered where it was."""
+    pc = PCModel(make("gpt2"), PCConfig(relaxed_fraction=0.1))
+    before = pc.state_dict()
+    pc.steer()
+    assert pc.state_dict() == before
