@@ -27,6 +27,8 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from hf_pc import PCConfig, PCModel
+from hf_pc.config import RELAXATION_DTYPES
+from hf_pc.learning import RULES
 
 DEFAULTS = {"steps": 300, "batch": 16, "layers": 6, "hidden": 128, "heads": 4, "sequence": 64, "sweeps": 6}
 STEERING_STEPS = 10
@@ -88,9 +90,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = arguments(__doc__, **DEFAULTS)
     parser.add_argument("--learning_rate", type=float, default=6e-3)
     parser.add_argument("--relaxed_fraction", type=float, default=0.1)
-    parser.add_argument("--rules", nargs="+", default=["plain", "centred", "extrapolated"])
+    parser.add_argument("--rules", nargs="+", choices=list(RULES), default=["plain", "centred", "extrapolated"])
     parser.add_argument("--nodes", nargs="+", default=["block"], help="presets or patterns, each measured by itself")
-    parser.add_argument("--relaxation_dtypes", nargs="+", default=[], help="bfloat16, float16: lines for these too")
+    parser.add_argument("--relaxation_dtypes", nargs="+", choices=RELAXATION_DTYPES, default=[], help="lines too")
     parser.add_argument("--batches", type=positive, default=3)
     args = parser.parse_args(argv)
     text = characters(args)
