@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,9 +109,11 @@ class PCConfig:
         attention_energy: an energy of the attention logits, "categorical" or "gaussian"; None makes them no nodes.
         learning: what the weights learn from (see `hf_pc.learning`): "plain", the relaxed states; "centred",
             relaxations towards and away from the labels; "extrapolated", two such pairs; "mirrored" and
-            "balanced", the same with half of the sequences on each side, at half the cost; "one_sided", four strengths
-            towards the labels, for strong relaxation; "wake_sleep", the relaxed states less those of the model's own
-            labels. All but "plain" need the solver "error".
+            "balanced", the same with half of the sequences on each side, at half the cost; "one_sided", several
+            strengths towards the labels, for strong relaxation; "wake_sleep", the relaxed states less those of the
+            model's own labels. All but "plain" need the solver "error".
+        strengths: of "one_sided", the factors on the output energy, from 1 down; None is 1, 1/2, 1/4, 1/8. Each costs
+            a relaxation, and the gradient's error is of the order of their number.
         output: the output node's energy: "categorical", "gaussian", "bernoulli", or "auto" for what the model's
             own loss does with labels.
         precision: 1 / sigma^2, the same for every node.
@@ -150,6 +153,9 @@ class PCConfig:
     learning: Literal["plain", "centred", "extrapolated", "mirrored", "balanced", "one_sided", "wake_sleep"] = field(
         default="plain",
         metadata={"help": "What weights learn from: one relaxation, or several."},
+    )
+    strengths: list[float] | None = field(
+        default=None, metadata={"help": "Of one_sided: factors on the output energy, from 1 down."}
     )
     output: str = field(default="auto", metadata={"help": "Energy of the output: categorical, gaussian, bernoulli."})
     precision: float | None = field(default=None, metadata={"help": "Fixed 1/sigma^2 of every node."})
@@ -251,6 +257,7 @@ class PCConfig:
                 f"PCConfig.learning={self.learning!r} needs step_size='auto', not {self.step_size!r}: phases relaxed "
                 "by unequal amounts do not cancel"
             )
+        self._check_strengths()
         if self.relaxation_dtype is not None and not solver.stores_errors:
             raise ValueError(
                 f"PCConfig.relaxation_dtype={self.relaxation_dtype!r} needs solver='error', not {self.solver!r}: the "
@@ -282,6 +289,23 @@ class PCConfig:
             raise ValueError(
                 f"PCConfig.state_optimizer={name!r} needs a number as step_size, its learning rate; it is 'auto'"
             )
+
+    def _check_strengths(self) -> None:
+        if self.strengths is None:
+            return
+        if self.learning != "one_sided":
+            raise ValueError(
+                f"PCConfig.strengths={self.strengths!r} needs learning='one_sided', not {self.learning!r}"
+            )
+        given = self.strengths if isinstance(self.strengths, (list, tuple)) else []
+        numbers = [v for v in given if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        falls = all(higher > lower >= SMALLEST for higher, lower in pairwise(numbers))
+        if len(numbers) < max(2, len(given)) or numbers[0] != 1 or not falls:
+            raise ValueError(
+                f"PCConfig.strengths={self.strengths!r} is not allowed: two numbers or more are needed, the first 1, "
+                f"each under the one before and no less than {SMALLEST:g}"
+            )
+        self.strengths = [float(value) for value in numbers]
 
     def _normalise_nodes(self) -> None:
         if isinstance(self.nodes, str):

@@ -11,9 +11,10 @@ local gradient of the relaxed phase is G(b) = b grad L_out + b^2 A + b^3 B + ...
 - mirrored: G(1) of every other sequence and -G(-1) of the rest, in one relaxation; what `centred` leaves, and the
   spread of A among sequences, which averages out over batches. (A random sign of the nudge is Laborieux et al.'s too.)
 - balanced: with such signs s, (8 G(s/2) - G(s)) s / 3: of A a third is left, which averages out, and fifth order.
-- one_sided: G(b) / b at b = 1, 1/2, 1/4 and 1/8 as a polynomial in b, taken to 0 (Richardson); leaves fourth order.
-  Away from the labels F has no minimum once the errors are soft, which is where the rules above end. Towards them it
-  has: a direction that relaxes by b s / (1 + b s) is left an error of the product of these over b, always under 1.
+- one_sided: G(b) / b at several b, unless told 1, 1/2, 1/4 and 1/8, as a polynomial in b, taken to 0 (Richardson);
+  of n strengths it leaves order n. Away from the labels F has no minimum once the errors are soft, which is where the
+  rules above end. Towards them it has: a direction that relaxes by b s / (1 + b s) is left an error of the product of
+  these over b, always under 1. So strengths further apart leave less; of the gradient, more comes from the weak ones.
 - wake_sleep: G(1) less what the model's own labels teach, G(1, y') - grad L_out(y') with y' drawn from the output.
   The marginal likelihood's Laplace correction cancels the reward in expectation when the model is calibrated.
 
@@ -24,6 +25,7 @@ sweeps. So in units of a backprop step "centred" costs (4T - 2) / 3 from T = 3, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -62,6 +64,8 @@ def taken_to_zero(*strengths: float) -> tuple[Phase, ...]:
 
 
 PLAIN = Phase()
+#: those of "one_sided", unless it is given others
+STRENGTHS = (1.0, 0.5, 0.25, 0.125)
 #: the phases of each rule; the first is the one that is reported
 RULES: dict[str, tuple[Phase, ...]] = {
     "plain": (PLAIN,),
@@ -74,6 +78,11 @@ RULES: dict[str, tuple[Phase, ...]] = {
     ),
     "mirrored": (Phase(mirrored=True),),
     "balanced": (Phase(1.0, -1 / 3, mirrored=True), Phase(0.5, 8 / 3, warm=True, mirrored=True)),
-    "one_sided": taken_to_zero(1.0, 0.5, 0.25, 0.125),
+    "one_sided": taken_to_zero(*STRENGTHS),
     "wake_sleep": (Phase(), Phase(1.0, -1.0, own_labels=True), Phase(1.0, 1.0, own_labels=True, at_rest=True)),
 }
+
+
+def phases_of(learning: str, strengths: Sequence[float] | None = None) -> tuple[Phase, ...]:
+    """The phases of a rule; of "one_sided" at these strengths, if any are given."""
+    return RULES[learning] if strengths is None else taken_to_zero(*strengths)

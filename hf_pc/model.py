@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hf_pc.attention import AttentionNodes
 from hf_pc.compilation import compile_forwards
 from hf_pc.config import PCConfig, read_json
-from hf_pc.learning import PLAIN, RULES, Phase
+from hf_pc.learning import PLAIN, Phase, phases_of
 from hf_pc.node import LEARN, RELAX, Node, Strength
 from hf_pc.output import Output, auxiliary_loss, evaluating, routes
 from hf_pc.placement import layer_drop, resolve
@@ -65,7 +65,7 @@ class PCModel:
         self._lower: torch.dtype | None = None if lower is None else getattr(torch, lower)
         _check_float32(model, lower)
         #: the relaxations of one step; the first is the one that is reported
-        self.phases: tuple[Phase, ...] = RULES[self.config.learning]
+        self.phases: tuple[Phase, ...] = phases_of(self.config.learning, self.config.strengths)
         self.share = Share()
         self.relaxation: Relaxation | None = None
         self._before: Relaxation | None = None

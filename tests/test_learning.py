@@ -19,11 +19,13 @@ from hf_pc.trainer import BackpropTrainer
 ORDER = {"plain": 1, "centred": 2, "extrapolated": 4, "one_sided": 4}
 
 
-def distance(learning: str, precision: float) -> float:
+def distance(learning: str, precision: float, strengths: list[float] | None = None) -> float:
     """Of the gradient at equilibrium to backprop's, on a linear chain, relative."""
     model = LinearChain()
     expected = backprop(model)
-    settings: dict[str, Any] = {"nodes": NODES, "output": "gaussian", "learning": learning, "precision": precision}
+    settings: dict[str, Any] = {
+        "nodes": NODES, "output": "gaussian", "learning": learning, "precision": precision, "strengths": strengths,
+    }  # fmt: skip
     PCModel(model, PCConfig(**settings, sweeps=400, tolerance=1e-14)).accumulate_grad(inputs=X, labels=Y)
     return worst(gradients(model), expected)
 
@@ -33,6 +35,36 @@ def test_order_of_the_bias(learning: str) -> None:
     """A rule's gradient differs from backprop's by O(1/p), O(1/p^2) or O(1/p^4): ten times stiffer, 10, 100, 10^4."""
     near, far = distance(learning, 100.0), distance(learning, 10.0)
     assert far / near == pytest.approx(10 ** ORDER[learning], rel=0.5)
+
+
+@pytest.mark.parametrize("strengths", [[1, 0.25], [1.0, 0.4, 0.16], [1.0, 0.6, 0.3, 0.1, 0.05]], ids=str)
+def test_order_of_the_bias_is_the_number_of_strengths(strengths: list[float]) -> None:
+    """Of n strengths towards the labels the extrapolated gradient is O(1/p^n) from backprop's, wherever they lie."""
+    near, far = distance("one_sided", 100.0, strengths), distance("one_sided", 10.0, strengths)
+    assert far / near == pytest.approx(10 ** len(strengths), rel=0.6)
+
+
+def test_strengths_further_apart_leave_less() -> None:
+    """A direction keeps the product of b s / (1 + b s) over the strengths, which falls with each of them."""
+    halves, further = ([ratio**k for k in range(4)] for ratio in (0.5, 0.4))
+    assert distance("one_sided", 1.0, further) < 0.5 * distance("one_sided", 1.0, halves)
+    assert distance("one_sided", 1.0, halves) == pytest.approx(distance("one_sided", 1.0), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "strengths", [[], [1.0], [0.5, 0.25], [1.0, 1.0], [1.0, 0.5, 0.7], [1.0, 0.0], [1.0, -0.5], [1.0, float("nan")],
+                  [1.0, "0.5"], [True, 0.5], [float("inf"), 1.0], 0.5, "1"], ids=str,
+)  # fmt: skip
+def test_strengths_out_of_range(strengths: Any) -> None:
+    """Strengths that do not fall from 1, or are no numbers: an error that names them and what is allowed."""
+    with pytest.raises(ValueError, match=r"PCConfig\.strengths=.* is not allowed: two numbers or more are needed"):
+        PCConfig(learning="one_sided", strengths=strengths)
+
+
+def test_strengths_belong_to_one_sided() -> None:
+    """Given to another rule they would say nothing: an error."""
+    with pytest.raises(ValueError, match=r"strengths=\[1, 0\.5\] needs learning='one_sided', not 'plain'"):
+        PCConfig(strengths=[1, 0.5])
 
 
 @pytest.mark.parametrize("learning", RULES)

@@ -10,6 +10,7 @@ figure. Each method takes the learning rate, of the same few, that does best on 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:
     for target in args.relaxed_fractions:
         for rule in RULES:
             config = PCConfig(learning=rule, relaxed_fraction=target, sweeps=args.sweeps)  # type: ignore[arg-type]
+            if rule == "one_sided":
+                config = dataclasses.replace(config, strengths=args.strengths)
             found[f"{rule}_{target:g}"] = config
         for solver in ("state", "lagrangian"):
             found[f"{solver}_{target:g}"] = PCConfig(solver=solver, relaxed_fraction=target, sweeps=args.state_sweeps)
@@ -45,6 +48,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = arguments(__doc__, **DEFAULTS)
     parser.add_argument("--relaxed_fractions", type=float, nargs="+", default=[0.1, 0.3])
     parser.add_argument("--state_sweeps", type=positive, default=20, help="of the solvers that move states")
+    parser.add_argument("--strengths", type=float, nargs="+", help="of one_sided, from 1 down")
     args = parser.parse_args(argv)
     return compare(methods(args), characters(args), args)
 

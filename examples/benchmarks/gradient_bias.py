@@ -29,6 +29,7 @@ from transformers import GPT2LMHeadModel
 from hf_pc import PCConfig, PCModel
 from hf_pc.config import RELAXATION_DTYPES
 from hf_pc.learning import RULES
+from hf_pc.relaxation import add_sums, summary
 
 DEFAULTS = {"steps": 300, "batch": 16, "layers": 6, "hidden": 128, "heads": 4, "sequence": 64, "sweeps": 6}
 STEERING_STEPS = 10
@@ -43,6 +44,24 @@ def gradient_of(model: GPT2LMHeadModel) -> Tensor:
 def distance(found: list[Tensor], true: list[Tensor]) -> float:
     """|found - true| / |true|, mean over batches."""
     return statistics.fmean(float((f - t).norm() / t.norm()) for f, t in zip(found, true, strict=True))
+
+
+def phases_apart(pc: PCModel, batches: list[Batch]) -> list[dict[str, float]]:
+    """How far each phase of a rule relaxes, and what share of backprop's gradient it carries."""
+    lines = []
+    sums: list[dict[str, Tensor]] = [{} for _ in pc.phases]
+    for batch in batches:
+        for phase, total in zip(pc.phases, sums, strict=True):
+            with pc.relaxed(batch, phase=phase) as relaxation:
+                pc.learning_pass(batch)[0].backward()  # type: ignore[no-untyped-call]
+                pc.solver.close(relaxation)
+                add_sums(total, relaxation.sums())
+    pc.model.zero_grad()
+    for phase, total in zip(pc.phases, sums, strict=True):
+        found = summary(total)
+        kept = {name: found[name] for name in ("relaxed_fraction", "residual", "refused")}
+        lines.append({"strength": phase.strength, "share": phase.share, **kept})
+    return lines
 
 
 def measure(
@@ -65,13 +84,15 @@ def measure(
     for rule in args.rules:
         same: list[Tensor] = []  # what the rule finds where it relaxes as it learns
         for dtype in (None, *args.relaxation_dtypes):
-            pc = PCModel(model, PCConfig(**common, learning=rule, relaxation_dtype=dtype))
+            strengths = args.strengths if rule == "one_sided" else None
+            pc = PCModel(model, PCConfig(**common, learning=rule, strengths=strengths, relaxation_dtype=dtype))
             pc.load_state_dict(steered.state_dict())
             reports = []
             gradients = []
             for batch in batches:
                 reports.append(pc.accumulate_grad(**batch))
                 gradients.append(gradient_of(model))
+            phases = phases_apart(pc, batches)
             pc.detach()
             same = same or gradients
             lines.append({
@@ -79,7 +100,7 @@ def measure(
                 "distance": distance(gradients, trues), "change": distance(gradients, same),
                 "relaxed_fraction": statistics.fmean(found.relaxed_fraction for found in reports),
                 "residual": statistics.fmean(found.residual for found in reports),
-                "sweeps": args.sweeps, "batches": len(batches), "seed": 0,
+                "phases": phases, "sweeps": args.sweeps, "batches": len(batches), "seed": 0,
                 "machine": f"{platform.machine()} cpu, torch {torch.__version__}",
             })  # fmt: skip
             print(json.dumps(lines[-1]), flush=True)
@@ -91,6 +112,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--learning_rate", type=float, default=6e-3)
     parser.add_argument("--relaxed_fraction", type=float, default=0.1)
     parser.add_argument("--rules", nargs="+", choices=list(RULES), default=["plain", "centred", "extrapolated"])
+    parser.add_argument("--strengths", type=float, nargs="+", help="of one_sided, from 1 down")
     parser.add_argument("--nodes", nargs="+", default=["block"], help="presets or patterns, each measured by itself")
     parser.add_argument("--relaxation_dtypes", nargs="+", choices=RELAXATION_DTYPES, default=[], help="lines too")
     parser.add_argument("--batches", type=positive, default=3)
