@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, GPT2Config, GPT2LMHeadModel
+
+from hf_pc import PCConfig, PCModel
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
@@ -21,6 +24,7 @@ import few_samples  # noqa: E402
 import finetune  # noqa: E402
 import gradient_bias  # noqa: E402
 import label_noise  # noqa: E402
+import marginal  # noqa: E402
 import online  # noqa: E402
 import paper_transformer  # noqa: E402
 import peers  # noqa: E402
@@ -302,8 +306,55 @@ def test_gradient_bias(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"line {i}: the square of {i} is {i * i}." for i in range(200)) + "\n")
     size = ["--hidden", "16", "--layers", "2", "--heads", "2", "--sequence", "16", "--batch", "4", "--steps", "20"]
-    found = gradient_bias.main(["--train_file", str(text), *size, "--nodes", "block", "transformer.h.1"])
+    found = gradient_bias.main(
+        ["--train_file", str(text), *size, "--batches", "2", "--nodes", "block", "transformer.h.1"]
+    )
     assert [line["nodes"] for line in found] == ["block"] * 3 + ["transformer.h.1"] * 3
     for plain, centred, extrapolated in (found[:3], found[3:]):
         assert plain["distance"] > centred["distance"] > extrapolated["distance"] > 0
         assert plain["relaxed_fraction"] == pytest.approx(0.1, rel=0.2)
+    for line in found:  # what each phase carries of backprop's gradient adds up to it
+        assert sum(phase["share"] for phase in line["phases"]) == pytest.approx(1)
+        assert line["phases"][0]["relaxed_fraction"] == pytest.approx(line["relaxed_fraction"], rel=0.01)
+
+
+def test_marginal_likelihood_is_the_mean_over_errors() -> None:
+    """Importance sampling around the equilibrium finds what the mean of p(y|e) over all errors is."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=11, n_positions=4, n_embd=8, n_layer=2, n_head=2, initializer_range=0.3)
+    model = GPT2LMHeadModel(config).double().eval()
+    ids = torch.randint(0, 11, (2, 4))
+    batch = {"input_ids": ids, "labels": ids}
+    pc = PCModel(model, PCConfig(relative_std=0.7, sweeps=20))
+    pc.accumulate_grad(**batch)
+    pc.steer()
+    model.zero_grad()
+    found, nats, free_energy = marginal.likelihood(model, pc, batch, 8000, torch.Generator().manual_seed(1))
+    spreads = [precision**-0.5 for precision in marginal.precisions(pc)]
+    total = torch.zeros((), dtype=torch.float64)
+    for row in ids:
+        errors = [spread * torch.randn(8000, 4, 8, dtype=torch.float64) for spread in spreads]
+        with marginal.with_errors(model, errors):
+            logits = model(input_ids=row.expand(8000, -1)).logits
+        told = logits.log_softmax(-1)[:, :-1].gather(-1, row[1:].expand(8000, -1)[..., None]).sum((1, 2))
+        total = total - (told.logsumexp(0) - math.log(8000)) / 6
+    total.backward()
+    expected = gradient_bias.gradient_of(model)
+    assert nats == pytest.approx(total.item(), rel=0.01)
+    assert abs(nats - free_energy) > 0.05  # it is another thing than F
+    assert (found - expected).norm() / expected.norm() < 0.1
+
+
+def test_marginal(tmp_path: Path) -> None:
+    """For each target the losses and a line per gradient, in units of backprop's; one_sided is next to that."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {i}: the square of {i} is {i * i}." for i in range(200)) + "\n")
+    size = ["--steps", "20", "--batch", "2", "--batches", "2", "--samples", "64", "--draws", "2", "--sweeps", "6"]
+    lines = marginal.main(["--train_file", str(text), *size, "--relaxed_fractions", "0.1"])
+    assert set(lines[0]["losses"]) == {"mean_pass", "marginal", "free_energy"}
+    assert lines[0]["losses"]["free_energy"] < lines[0]["losses"]["mean_pass"]
+    found = {line["gradient"]: line for line in lines[1:]}
+    assert list(found) == ["backprop", "marginal", "plain", "centred", "one_sided", "wake_sleep"]
+    assert found["backprop"]["norm"] == pytest.approx(1)
+    assert found["marginal"]["to_marginal"] == 0 < found["marginal"]["to_backprop"]
+    assert found["one_sided"]["to_backprop"] < 0.01 < found["plain"]["to_backprop"]

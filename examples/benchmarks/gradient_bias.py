@@ -13,6 +13,7 @@ the distance of its gradient to that of the same rule relaxed in float32, over t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import statistics
@@ -39,6 +40,18 @@ def gradient_of(model: GPT2LMHeadModel) -> Tensor:
     found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     model.zero_grad()
     return found
+
+
+def steered_to(fraction: float, model: GPT2LMHeadModel, config: PCConfig, batches: list[Batch]) -> PCModel:
+    """A PCModel, detached, whose strength plain learning on these batches has steered to a relaxed_fraction."""
+    pc = PCModel(model, dataclasses.replace(config, relaxed_fraction=fraction))
+    for _ in range(STEERING_STEPS):
+        for batch in batches:
+            pc.accumulate_grad(**batch)
+        pc.steer()
+    pc.detach()
+    model.zero_grad()
+    return pc
 
 
 def distance(found: list[Tensor], true: list[Tensor]) -> float:
@@ -69,13 +82,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One line per rule, for one choice of nodes."""
     common: dict[str, Any] = {"nodes": nodes, "sweeps": args.sweeps}
-    steered = PCModel(model, PCConfig(**common, relaxed_fraction=args.relaxed_fraction))
-    for _ in range(STEERING_STEPS):
-        for batch in batches:
-            steered.accumulate_grad(**batch)
-        steered.steer()
-    steered.detach()
-    model.zero_grad()
+    steered = steered_to(args.relaxed_fraction, model, PCConfig(**common), batches)
     trues = []
     for batch in batches:
         steered.backprop_loss(batch).backward()  # type: ignore[no-untyped-call]

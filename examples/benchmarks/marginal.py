@@ -1,0 +1,175 @@
+"""What each rule of `hf_pc.learning` comes near: backprop's gradient, or that of the model's marginal likelihood.
+
+    python examples/benchmarks/marginal.py --train_file text.txt --relaxed_fractions 0.1 0.3 0.5
+
+A PC model is a generative one: its states are its predictions plus Gaussian errors, and the likelihood of labels is
+the mean over errors of what the output says, p(y) = E_e exp(-L(e)). Its gradient is estimated by importance sampling
+around the equilibrium, on a GPT-2 so small that this is exact to the printed "sampling_error"; backprop's is the
+gradient of L(0). Prints one JSON line per target of relaxed_fraction and rule: distances of the mean gradient to
+both, over the norm of backprop's, their cosines, and the noise: the root mean square over small batches of what a
+gradient differs from that mean, in the same units. And one line per target with the three losses, nats per token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from characters import characters
+from gradient_bias import gradient_of, steered_to
+from language import Batch, arguments, drawn, gpt2, train, windows
+from options import positive
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import GPT2LMHeadModel
+
+from hf_pc import PCConfig, PCModel
+from hf_pc.learning import RULES
+
+DEFAULTS = {"steps": 1000, "batch": 8, "layers": 2, "hidden": 16, "heads": 2, "sequence": 8, "sweeps": 30}
+
+
+def _added(error: Tensor, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output + error
+
+
+@contextmanager
+def with_errors(model: GPT2LMHeadModel, errors: list[Tensor]) -> Iterator[None]:
+    """Each block's output, plus its error."""
+    with ExitStack() as hooks:
+        for block, error in zip(model.transformer.h, errors, strict=True):
+            add = partial(_added, error)
+            hooks.callback(block.register_forward_hook(add).remove)
+        yield
+
+
+def likelihood(
+    model: GPT2LMHeadModel, pc: PCModel, batch: Batch, samples: int, generator: torch.Generator
+) -> tuple[Tensor, float, float]:
+    """Of a batch: the gradient of -log p(y), nats per token; -log p(y) itself; F at the equilibrium.
+
+    Errors are drawn around those of the equilibrium, with the spread that the model gives them.
+    """
+    found = pc.relax(**batch)
+    labels = batch["labels"][:, 1:]
+    marginal = 0.0
+    for row, ids in enumerate(batch["input_ids"]):
+        errors, weight = [], torch.zeros(samples, dtype=torch.float64)
+        for error, precision in zip(found.errors.values(), precisions(pc), strict=True):
+            middle = error[row].double()
+            spread = torch.randn(samples, *middle.shape, generator=generator, dtype=torch.float64) / precision.sqrt()
+            errors.append(middle + spread)
+            weight -= precision * ((spread * middle).sum((1, 2)) + middle.square().sum() / 2)
+        with with_errors(model, errors):
+            logits = model(input_ids=ids.expand(samples, -1)).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), labels[row].expand(samples, -1), reduction="none"
+        ).sum(1)
+        weight -= loss.detach()
+        marginal -= float(weight.logsumexp(0)) - math.log(samples)
+        (weight.softmax(0) * loss).sum().div(labels.numel()).backward()  # type: ignore[no-untyped-call]
+    return gradient_of(model), marginal / labels.numel(), found.free_energy
+
+
+def precisions(pc: PCModel) -> list[Tensor]:
+    """1 / sigma^2 of each node, as its activity in the batches that the model was steered on makes it."""
+    activity = pc.steering.activity
+    return [torch.tensor((pc.relative_std * activity[node.name]) ** -2, dtype=torch.float64) for node in pc.nodes]
+
+
+def cosine(first: Tensor, second: Tensor) -> float:
+    return float(first @ second / (first.norm() * second.norm()))
+
+
+def compared(mean: Tensor, gradients: list[Tensor], backprop: Tensor, marginal: Tensor) -> dict[str, float]:
+    """A rule's mean gradient beside the two, and its noise; all over the norm of backprop's."""
+    unit = backprop.norm()
+    noise = torch.stack([(gradient - mean).norm() for gradient in gradients]).square().mean().sqrt()
+    return {
+        "to_backprop": float((mean - backprop).norm() / unit), "to_marginal": float((mean - marginal).norm() / unit),
+        "cosine_to_backprop": cosine(mean, backprop), "cosine_to_marginal": cosine(mean, marginal),
+        "norm": float(mean.norm() / unit), "noise": float(noise / unit),
+    }  # fmt: skip
+
+
+def measure(
+    model: GPT2LMHeadModel, target: float, args: argparse.Namespace, batches: list[Batch]
+) -> list[dict[str, Any]]:
+    """The lines of one target of relaxed_fraction."""
+    config = PCConfig(sweeps=args.sweeps)
+    steered = steered_to(target, model, config, batches)
+
+    def learned(rule: str, batch: Batch) -> Tensor:
+        pc = PCModel(model, PCConfig(sweeps=args.sweeps, learning=rule))  # type: ignore[arg-type]
+        pc.load_state_dict(steered.state_dict())
+        draws = args.draws if rule == "wake_sleep" else 1
+        for _ in range(draws):
+            reports.append(pc.accumulate_grad(**batch, num_items_in_batch=draws * batch["labels"][:, 1:].numel()))
+        pc.detach()
+        return gradient_of(model)
+
+    reports: list[Any] = []
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, list[Tensor]] = {"backprop": [], "marginal": []}
+    losses: dict[str, list[float]] = {"mean_pass": [], "marginal": [], "free_energy": []}
+    halves: list[Tensor] = []
+    steered.attach()
+    for batch in tqdm(batches, desc=f"likelihood at {target:g}", leave=False):
+        loss = steered.backprop_loss(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        found["backprop"].append(gradient_of(model))
+        first, second = (likelihood(model, steered, batch, args.samples, generator) for _ in range(2))
+        found["marginal"].append((first[0] + second[0]) / 2)
+        halves.append((first[0] - second[0]) / 2)
+        for name, value in zip(losses, (loss.item(), (first[1] + second[1]) / 2, first[2]), strict=True):
+            losses[name].append(value)
+    steered.detach()
+    common = {"target": target, "sequences": len(batches) * args.batch, "seed": 0, "draws": args.draws}
+    common["machine"] = f"{platform.machine()} cpu, torch {torch.__version__}"
+    lines = [{"losses": {name: statistics.fmean(values) for name, values in losses.items()}, **common}]
+    print(json.dumps(lines[-1]), flush=True)
+    for rule in args.rules:
+        found[rule] = [learned(rule, batch) for batch in tqdm(batches, desc=f"{rule} at {target:g}", leave=False)]
+    means = {name: torch.stack(gradients).mean(0) for name, gradients in found.items()}
+    sampling = float(torch.stack(halves).mean(0).norm() / means["backprop"].norm())
+    for name, gradients in found.items():
+        facts = compared(means[name], gradients, means["backprop"], means["marginal"])
+        lines.append({"gradient": name, **facts, "sampling_error": sampling, **common})
+        print(json.dumps(lines[-1]), flush=True)
+    return lines
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = arguments(__doc__, **DEFAULTS)
+    parser.add_argument("--learning_rate", type=float, default=6e-3)
+    parser.add_argument("--relaxed_fractions", type=float, nargs="+", default=[0.1, 0.3, 0.5])
+    parser.add_argument(
+        "--rules", nargs="+", choices=list(RULES), default=["plain", "centred", "one_sided", "wake_sleep"]
+    )
+    parser.add_argument("--batches", type=positive, default=8)
+    parser.add_argument("--samples", type=positive, default=2048, help="of the errors, twice, for each sequence")
+    parser.add_argument("--draws", type=positive, default=16, help="of labels, for wake_sleep")
+    args = parser.parse_args(argv)
+    text = characters(args)
+    model = gpt2(args, text.vocabulary, 0, torch.device("cpu"))
+    train(model, None, drawn(text, args, 0), args.steps, args.learning_rate, "backprop")
+    model.zero_grad()
+    model.double().eval()
+    batches = list(windows(text.train, args.sequence, args.batch, args.batches, 99))
+    return [line for target in args.relaxed_fractions for line in measure(model, target, args, batches)]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
