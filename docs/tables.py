@@ -37,6 +37,32 @@ def each(name: str, form: str) -> Column:
     return lambda line: ", ".join(format(value, form) for value in line[name])
 
 
+def spread(name: str, form: str = ".2f") -> Column:
+    """A mean and the standard deviation over seeds, as `NAME_spread` has it."""
+    return lambda line: f"{line[name]:{form}} ± {line[f'{name}_spread']:{form}}"
+
+
+def of_pc(name: str, form: str = "") -> Column:
+    """What backprop has none of."""
+    return lambda line: format(line[name], form) if name in line else ""
+
+
+def in_phases(name: str, form: str) -> Column:
+    """One value per phase of a rule."""
+    return lambda line: ", ".join(format(phase[name], form) for phase in line["phases"])
+
+
+def _gap(line: Line) -> str:
+    gap = line["over_backprop"]
+    return "" if gap is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(gap["nats"], *gap["interval"])
+
+
+REGIME: dict[str, Column] = {
+    "relaxed_fraction": of_pc("relaxed_fraction", ".3f"),
+    "residual": of_pc("residual", ".3f"),
+    "regime": of_pc("regime"),
+}
+
 TABLES: dict[str, dict[str, Column]] = {
     "step_cost": {
         "model": field("model"),
@@ -68,6 +94,44 @@ TABLES: dict[str, dict[str, Column]] = {
         "change": field("change", ".4f"),
         "relaxed_fraction": field("relaxed_fraction", ".3f"),
         "residual": field("residual", ".3f"),
+    },
+    "strengths": {
+        "target": field("target", "g"),
+        "T": field("sweeps"),
+        "strengths": in_phases("strength", "g"),
+        "distance to backprop": field("distance", ".3f"),
+        "share of the gradient": in_phases("share", ".2f"),
+        "relaxed_fraction": in_phases("relaxed_fraction", ".2f"),
+        "residual": in_phases("residual", ".3f"),
+    },
+    "marginal": {
+        "target": field("target", "g"),
+        "gradient": lambda line: f"`{line['gradient']}`",
+        "distance to backprop": field("to_backprop", ".3f"),
+        "to the marginal's": field("to_marginal", ".3f"),
+        "cosine with backprop": field("cosine_to_backprop", ".3f"),
+        "with the marginal's": field("cosine_to_marginal", ".3f"),
+        "norm": field("norm", ".2f"),
+        "noise": field("noise", ".2f"),
+        "relaxed_fraction": of_pc("relaxed_fraction", ".3f"),
+        "residual": of_pc("residual", ".3f"),
+    },
+    "solvers": {
+        "method": lambda line: f"`{line['method']}`",
+        "test perplexity": lambda line: f"{line['mean']:.2f} ± {line['spread']:.2f}",
+        "gap to backprop": _gap,
+        **REGIME,
+        "refused": of_pc("refused", ".1%"),
+        "step over backprop's": field("step_time_ratio", ".1f"),
+    },
+    "continual": {
+        "method": lambda line: f"`{line['method']}`",
+        "rate": field("learning_rate", "g"),
+        "first text after it": spread("first_after_first"),
+        "second after it": spread("second_after_second"),
+        "first after second": spread("first_after_second"),
+        "forgotten, nats": spread("forgotten_nats", ".3f"),
+        **REGIME,
     },
     "peers": {
         "library": field("library"),
@@ -113,7 +177,7 @@ def table(name: str) -> str:
     except KeyError as error:
         raise ValueError(f"docs/results/{path.name} has a line without {error}") from None
     except TypeError:
-        raise ValueError(f"docs/results/{path.name} has a line of one run, without quartiles") from None
+        raise ValueError(f"docs/results/{path.name} has a line of one run, without quartiles or spread") from None
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\nMachine: {machines}."
 
 

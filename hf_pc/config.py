@@ -21,6 +21,9 @@ RELAXATION_DTYPES = ("bfloat16", "float16")
 
 #: what a scale may be: beyond it float32 runs over
 SMALLEST, LARGEST = 1e-12, 1e12
+#: what extrapolation from several strengths may do with the phases: add up their residuals so often, and weigh one so
+#: little that a half precision loses it
+MOST_STRENGTHS, LARGEST_SHARES, SMALLEST_SHARE = 8, 100.0, 1e-4
 
 
 def check_scale(owner: str, name: str, value: object, *, upper: float = LARGEST) -> None:
@@ -113,7 +116,7 @@ class PCConfig:
             strengths towards the labels, for strong relaxation; "wake_sleep", the relaxed states less those of the
             model's own labels. All but "plain" need the solver "error".
         strengths: of "one_sided", the factors on the output energy, from 1 down; None is 1, 1/2, 1/4, 1/8. Each costs
-            a relaxation, and the gradient's error is of the order of their number.
+            a relaxation; n of them leave an error of order n in 1/precision.
         output: the output node's energy: "categorical", "gaussian", "bernoulli", or "auto" for what the model's
             own loss does with labels.
         precision: 1 / sigma^2, the same for every node.
@@ -291,6 +294,8 @@ class PCConfig:
             )
 
     def _check_strengths(self) -> None:
+        from hf_pc.learning import taken_to_zero
+
         if self.strengths is None:
             return
         if self.learning != "one_sided":
@@ -300,10 +305,21 @@ class PCConfig:
         given = self.strengths if isinstance(self.strengths, (list, tuple)) else []
         numbers = [v for v in given if isinstance(v, (int, float)) and not isinstance(v, bool)]
         falls = all(higher > lower >= SMALLEST for higher, lower in pairwise(numbers))
-        if len(numbers) < max(2, len(given)) or numbers[0] != 1 or not falls:
+        if len(numbers) < len(given) or not 2 <= len(numbers) <= MOST_STRENGTHS or numbers[0] != 1 or not falls:
             raise ValueError(
-                f"PCConfig.strengths={self.strengths!r} is not allowed: two numbers or more are needed, the first 1, "
-                f"each under the one before and no less than {SMALLEST:g}"
+                f"PCConfig.strengths={self.strengths!r} is not allowed: a list of two to {MOST_STRENGTHS} Python "
+                f"numbers is needed, the first 1, each under the one before and no less than {SMALLEST:g}"
+            )
+        shares = [abs(phase.share) for phase in taken_to_zero(*numbers)]
+        if not sum(shares) <= LARGEST_SHARES:
+            raise ValueError(
+                f"PCConfig.strengths={self.strengths!r} is not allowed: they are too close together, so that what "
+                f"each phase leaves is taken {sum(shares):.3g} times; at most {LARGEST_SHARES:g} times is allowed"
+            )
+        if min(shares) < SMALLEST_SHARE:
+            raise ValueError(
+                f"PCConfig.strengths={self.strengths!r} is not allowed: they are too far apart, so that one carries "
+                f"{min(shares):.1g} of the gradient; at least {SMALLEST_SHARE:g} is needed"
             )
         self.strengths = [float(value) for value in numbers]
 

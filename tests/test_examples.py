@@ -318,6 +318,24 @@ def test_gradient_bias(tmp_path: Path) -> None:
         assert line["phases"][0]["relaxed_fraction"] == pytest.approx(line["relaxed_fraction"], rel=0.01)
 
 
+def test_strengths_of_gradient_bias(tmp_path: Path) -> None:
+    """Other strengths than the rule's own are those of the phases; what takes none refuses them before it trains."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {i}: the square of {i} is {i * i}." for i in range(200)) + "\n")
+    size = ["--hidden", "16", "--layers", "1", "--heads", "2", "--sequence", "16", "--batch", "4", "--steps", "2"]
+    given = ["--train_file", str(text), *size, "--batches", "1", "--strengths", "1", "0.25"]
+    (found,) = gradient_bias.main([*given, "--rules", "one_sided"])
+    assert [phase["strength"] for phase in found["phases"]] == [1.0, 0.25]
+    with pytest.raises(ValueError, match="those of one_sided, which is not among --rules"):
+        gradient_bias.main([*given, "--rules", "plain"])
+    with pytest.raises(
+        ValueError, match=r"none\.txt: there is no such file"
+    ):  # what is wrong with the text comes later
+        gradient_bias.main([*given[2:], "--train_file", str(tmp_path / "none.txt"), "--rules", "one_sided"])
+    with pytest.raises(ValueError, match=r"PCConfig\.strengths"):
+        gradient_bias.main(["--train_file", str(tmp_path / "none.txt"), "--rules", "one_sided", "--strengths", "1"])
+
+
 def test_marginal_likelihood_is_the_mean_over_errors() -> None:
     """Importance sampling around the equilibrium finds what the mean of p(y|e) over all errors is."""
     torch.manual_seed(0)
@@ -353,8 +371,9 @@ def test_marginal(tmp_path: Path) -> None:
     lines = marginal.main(["--train_file", str(text), *size, "--relaxed_fractions", "0.1"])
     assert set(lines[0]["losses"]) == {"mean_pass", "marginal", "free_energy"}
     assert lines[0]["losses"]["free_energy"] < lines[0]["losses"]["mean_pass"]
-    found = {line["gradient"]: line for line in lines[1:]}
+    found = {line["gradient"]: line for line in lines}
     assert list(found) == ["backprop", "marginal", "plain", "centred", "one_sided", "wake_sleep"]
     assert found["backprop"]["norm"] == pytest.approx(1)
+    assert found["plain"]["relaxed_fraction"] == pytest.approx(0.1, rel=0.2)
     assert found["marginal"]["to_marginal"] == 0 < found["marginal"]["to_backprop"]
     assert found["one_sided"]["to_backprop"] < 0.01 < found["plain"]["to_backprop"]

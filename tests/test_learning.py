@@ -53,11 +53,26 @@ def test_strengths_further_apart_leave_less() -> None:
 
 @pytest.mark.parametrize(
     "strengths", [[], [1.0], [0.5, 0.25], [1.0, 1.0], [1.0, 0.5, 0.7], [1.0, 0.0], [1.0, -0.5], [1.0, float("nan")],
-                  [1.0, "0.5"], [True, 0.5], [float("inf"), 1.0], 0.5, "1"], ids=str,
+                  [1.0, "0.5"], [True, 0.5], [float("inf"), 1.0], 0.5, "1", [0.9**k for k in range(9)],
+                  [1 - 1e-4 * k for k in range(100000)]], ids=lambda value: str(value)[:40],
 )  # fmt: skip
 def test_strengths_out_of_range(strengths: Any) -> None:
     """Strengths that do not fall from 1, or are no numbers: an error that names them and what is allowed."""
-    with pytest.raises(ValueError, match=r"PCConfig\.strengths=.* is not allowed: two numbers or more are needed"):
+    with pytest.raises(ValueError, match=r"PCConfig\.strengths=.* is not allowed: a list of two to 8 Python numbers"):
+        PCConfig(learning="one_sided", strengths=strengths)
+
+
+@pytest.mark.parametrize("strengths", [[1, 0.99, 0.98, 0.97], [1, 1 - 1e-16], [1, 1 - 1e-7]], ids=str)
+def test_strengths_too_close(strengths: list[float]) -> None:
+    """Shares in the hundreds would multiply what each phase leaves: an error."""
+    with pytest.raises(ValueError, match=r"too close together|under the one before"):
+        PCConfig(learning="one_sided", strengths=strengths)
+
+
+@pytest.mark.parametrize("strengths", [[1, 0.1, 0.01, 0.001], [1, 1e-8, 1e-9, 1e-12]], ids=str)
+def test_strengths_too_far_apart(strengths: list[float]) -> None:
+    """The first would weigh so little that a half precision loses its signal, which the regime is read from."""
+    with pytest.raises(ValueError, match="too far apart"):
         PCConfig(learning="one_sided", strengths=strengths)
 
 

@@ -6,6 +6,7 @@ Linear chains in float64, where the laws are exact, and a GPT-2 of width 8, buil
 from __future__ import annotations
 
 import functools
+import json
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_pc import NodeSpec, PCConfig, PCModel
-from hf_pc.learning import RULES
+from hf_pc.learning import RULES, phases_of
 from hf_pc.report import RelaxationOutput
 
 VOCABULARY, POSITIONS = 11, 7
@@ -90,6 +91,23 @@ def finite(out: RelaxationOutput) -> bool:
     figures = [out.free_energy, out.residual, out.relaxed_fraction, out.feedforward_energy, out.refused]
     figures += [*out.energies.values(), *out.displacement.values(), *out.sequence_free_energy.tolist()]
     return all(map(math.isfinite, figures))
+
+
+@cases(200)
+@given(st.lists(st.floats(1e-3, 0.95), min_size=1, max_size=9, unique=True), powers(-1, 1))
+def test_strengths_are_refused_or_extrapolate(lower: list[float], scale: float) -> None:
+    """Falling strengths are refused, as too close, too far apart or too many, or keep the first order in b and cancel
+    all others up to their number; their configuration survives JSON."""
+    strengths = [1.0, *sorted((min(0.99, scale * value) for value in lower), reverse=True)]
+    try:
+        config = PCConfig(learning="one_sided", strengths=strengths)
+    except ValueError:
+        return
+    phases = phases_of("one_sided", config.strengths)
+    assert sum(phase.share for phase in phases) == pytest.approx(1, rel=1e-9)
+    for order in range(1, len(phases)):  # what is of this order in b cancels
+        assert sum(phase.share * phase.strength**order for phase in phases) == pytest.approx(0, abs=1e-9)
+    assert PCConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @cases(650)

@@ -12,19 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from language import Text, arguments, drawn, gpt2, loss_of, split, train
+from language import Text, arguments, chosen, drawn, gpt2, loss_of, split, train
 from regimes import SIZE, methods
 
 from hf_pc import PCConfig
 from hf_pc.relaxation import regime
 
-DEFAULTS = {name: value for name, value in SIZE.items() if name != "methods"} | {"steps": 400, "batch": 8}
+DEFAULTS = SIZE | {"steps": 400, "batch": 8}
 
 
 def texts(args: argparse.Namespace) -> tuple[Text, Text]:
@@ -70,15 +71,16 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--second_file", type=Path, help="another text, UTF-8")
     args = parser.parse_args(argv)
     both = texts(args)
+    machine = f"{platform.machine()}, torch {torch.__version__}"
     lines = []
-    for name, config in methods(args.sweeps).items():
+    for name, config in chosen(methods(args.sweeps), args.methods).items():
         tried = {rate: run(config, both, args, args.first_seed, rate) for rate in args.learning_rates}
         rate = min(tried, key=lambda r: tried[r]["validation_loss"])
         others = range(args.first_seed + 1, args.first_seed + args.seeds)
         found = [tried[rate], *(run(config, both, args, seed, rate) for seed in others)]
         for seed, facts in enumerate(found, args.first_seed):
             print(json.dumps({"method": name, "seed": seed, **facts}), flush=True)
-        line: dict[str, Any] = {"method": name, "learning_rate": rate, "steps": args.steps}
+        line: dict[str, Any] = {"method": name, "learning_rate": rate, "steps": args.steps, "machine": machine}
         for key in found[0].keys() - {"learning_rate"}:
             values = [facts[key] for facts in found]
             line[key] = statistics.fmean(values)

@@ -10,7 +10,6 @@ figure. Each method takes the learning rate, of the same few, that does best on 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,13 @@ def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:
     found: dict[str, PCConfig | None] = {"backprop": None}
     for target in args.relaxed_fractions:
         for rule in RULES:
-            config = PCConfig(learning=rule, relaxed_fraction=target, sweeps=args.sweeps)  # type: ignore[arg-type]
-            if rule == "one_sided":
-                config = dataclasses.replace(config, strengths=args.strengths)
-            found[f"{rule}_{target:g}"] = config
+            strengths = args.strengths if rule == "one_sided" else None
+            found[f"{rule}_{target:g}"] = PCConfig(
+                learning=rule,
+                strengths=strengths,
+                relaxed_fraction=target,
+                sweeps=args.sweeps,  # type: ignore[arg-type]
+            )
         for solver in ("state", "lagrangian"):
             found[f"{solver}_{target:g}"] = PCConfig(solver=solver, relaxed_fraction=target, sweeps=args.state_sweeps)
         found[f"incremental_{target:g}"] = PCConfig(

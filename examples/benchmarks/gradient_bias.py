@@ -18,13 +18,14 @@ import json
 import platform
 import statistics
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from characters import characters
 from language import Batch, arguments, drawn, gpt2, train, windows
 from options import positive
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from hf_pc import PCConfig, PCModel
@@ -36,7 +37,7 @@ DEFAULTS = {"steps": 300, "batch": 16, "layers": 6, "hidden": 128, "heads": 4, "
 STEERING_STEPS = 10
 
 
-def gradient_of(model: GPT2LMHeadModel) -> Tensor:
+def gradient_of(model: nn.Module) -> Tensor:
     found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     model.zero_grad()
     return found
@@ -59,30 +60,35 @@ def distance(found: list[Tensor], true: list[Tensor]) -> float:
     return statistics.fmean(float((f - t).norm() / t.norm()) for f, t in zip(found, true, strict=True))
 
 
-def phases_apart(pc: PCModel, batches: list[Batch]) -> list[dict[str, float]]:
-    """How far each phase of a rule relaxes, and what share of backprop's gradient it carries."""
-    lines = []
-    sums: list[dict[str, Tensor]] = [{} for _ in pc.phases]
+def config_of(rule: str, nodes: str, dtype: str | None, args: argparse.Namespace) -> PCConfig:
+    strengths = args.strengths if rule == "one_sided" else None
+    return PCConfig(nodes, sweeps=args.sweeps, learning=rule, strengths=strengths, relaxation_dtype=dtype)  # type: ignore[arg-type]
+
+
+def learn(pc: PCModel, batches: list[Batch]) -> tuple[list[Tensor], dict[str, Any]]:
+    """The gradient of each batch; the regime, and of each phase how far it relaxes, and its share of the gradient."""
+    gradients = []
+    step: dict[str, Tensor] = {}
+    apart: list[dict[str, Tensor]] = [{} for _ in pc.phases]
     for batch in batches:
-        for phase, total in zip(pc.phases, sums, strict=True):
+        for phase, sums in zip(pc.phases, apart, strict=True):
             with pc.relaxed(batch, phase=phase) as relaxation:
-                pc.learning_pass(batch)[0].backward()  # type: ignore[no-untyped-call]
-                pc.solver.close(relaxation)
-                add_sums(total, relaxation.sums())
-    pc.model.zero_grad()
-    for phase, total in zip(pc.phases, sums, strict=True):
-        found = summary(total)
-        kept = {name: found[name] for name in ("relaxed_fraction", "residual", "refused")}
-        lines.append({"strength": phase.strength, "share": phase.share, **kept})
-    return lines
+                loss, _ = pc.learning_pass(batch)
+                (loss / relaxation.tokens).backward()  # type: ignore[no-untyped-call]
+                add_sums(step, pc.observe(relaxation))
+                add_sums(sums, relaxation.sums())
+        gradients.append(gradient_of(pc.model))
+    names = ("relaxed_fraction", "residual", "refused")
+    regime: Callable[[dict[str, Tensor]], dict[str, Any]] = lambda sums: {name: summary(sums)[name] for name in names}  # noqa: E731
+    phases = [{"strength": p.strength, "share": p.share, **regime(s)} for p, s in zip(pc.phases, apart, strict=True)]
+    return gradients, regime(step) | {"phases": phases}
 
 
 def measure(
     model: GPT2LMHeadModel, nodes: str, args: argparse.Namespace, batches: list[Batch]
 ) -> list[dict[str, Any]]:
     """One line per rule, for one choice of nodes."""
-    common: dict[str, Any] = {"nodes": nodes, "sweeps": args.sweeps}
-    steered = steered_to(args.relaxed_fraction, model, PCConfig(**common), batches)
+    steered = steered_to(args.relaxed_fraction, model, config_of("plain", nodes, None, args), batches)
     trues = []
     for batch in batches:
         steered.backprop_loss(batch).backward()  # type: ignore[no-untyped-call]
@@ -91,23 +97,15 @@ def measure(
     for rule in args.rules:
         same: list[Tensor] = []  # what the rule finds where it relaxes as it learns
         for dtype in (None, *args.relaxation_dtypes):
-            strengths = args.strengths if rule == "one_sided" else None
-            pc = PCModel(model, PCConfig(**common, learning=rule, strengths=strengths, relaxation_dtype=dtype))
+            pc = PCModel(model, config_of(rule, nodes, dtype, args))
             pc.load_state_dict(steered.state_dict())
-            reports = []
-            gradients = []
-            for batch in batches:
-                reports.append(pc.accumulate_grad(**batch))
-                gradients.append(gradient_of(model))
-            phases = phases_apart(pc, batches)
+            gradients, facts = learn(pc, batches)
             pc.detach()
             same = same or gradients
             lines.append({
                 "nodes": nodes, "rule": rule, "relaxation_dtype": dtype, "target": args.relaxed_fraction,
                 "distance": distance(gradients, trues), "change": distance(gradients, same),
-                "relaxed_fraction": statistics.fmean(found.relaxed_fraction for found in reports),
-                "residual": statistics.fmean(found.residual for found in reports),
-                "phases": phases, "sweeps": args.sweeps, "batches": len(batches), "seed": 0,
+                **facts, "sweeps": args.sweeps, "batches": len(batches), "seed": 0,
                 "machine": f"{platform.machine()} cpu, torch {torch.__version__}",
             })  # fmt: skip
             print(json.dumps(lines[-1]), flush=True)
@@ -124,6 +122,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--relaxation_dtypes", nargs="+", choices=RELAXATION_DTYPES, default=[], help="lines too")
     parser.add_argument("--batches", type=positive, default=3)
     args = parser.parse_args(argv)
+    PCConfig(relaxed_fraction=args.relaxed_fraction)  # what it refuses is refused before the model is trained
+    configs = [config_of(rule, nodes, None, args) for rule in args.rules for nodes in args.nodes]
+    if args.strengths and not any(config.strengths for config in configs):
+        raise ValueError(
+            f"--strengths {args.strengths} are those of one_sided, which is not among --rules {args.rules}"
+        )
     text = characters(args)
     model = gpt2(args, text.vocabulary, 0, torch.device("cpu"))
     train(model, None, drawn(text, args, 0), args.steps, args.learning_rate, "backprop")

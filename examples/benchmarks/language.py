@@ -268,6 +268,7 @@ def compare(
             "over_backprop": gap(perplexities, baseline) if baseline else None,
             "spread": statistics.stdev(perplexities) if args.seeds > 1 else None, **_mean(regimes),
             "validation_loss_by_rate": {f"{r:g}": round(tried[r][0], 4) for r in tried},
+            **({"strengths": config.strengths} if config and config.strengths else {}),
             "step_time_ratio": step_ratio(model, config, text, args, pairs) if config else 1.0, **setting,
         })  # fmt: skip
         print(json.dumps(lines[-1]), flush=True)

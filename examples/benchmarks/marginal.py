@@ -6,8 +6,9 @@ A PC model is a generative one: its states are its predictions plus Gaussian err
 the mean over errors of what the output says, p(y) = E_e exp(-L(e)). Its gradient is estimated by importance sampling
 around the equilibrium, on a GPT-2 so small that this is exact to the printed "sampling_error"; backprop's is the
 gradient of L(0). Prints one JSON line per target of relaxed_fraction and rule: distances of the mean gradient to
-both, over the norm of backprop's, their cosines, and the noise: the root mean square over small batches of what a
-gradient differs from that mean, in the same units. And one line per target with the three losses, nats per token.
+both, over the norm of backprop's; their cosines; the noise, the root mean square over small batches of what a gradient
+differs from that mean, over the norm of the mean; the regime; and the three losses, L(0), -log p(y) and F, nats per
+token. The mean of wake_sleep is over several draws of labels for each batch, its noise that of single draws.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from characters import characters
-from gradient_bias import gradient_of, steered_to
+from gradient_bias import gradient_of, learn, steered_to
 from language import Batch, arguments, drawn, gpt2, train, windows
 from options import positive
 from torch import Tensor, nn
@@ -91,13 +92,13 @@ def cosine(first: Tensor, second: Tensor) -> float:
 
 
 def compared(mean: Tensor, gradients: list[Tensor], backprop: Tensor, marginal: Tensor) -> dict[str, float]:
-    """A rule's mean gradient beside the two, and its noise; all over the norm of backprop's."""
+    """A rule's mean gradient beside the two, over the norm of backprop's, and its noise, over its own."""
     unit = backprop.norm()
-    noise = torch.stack([(gradient - mean).norm() for gradient in gradients]).square().mean().sqrt()
+    noise = torch.stack([(gradient - mean).norm() for gradient in gradients]).square().mean().sqrt() / mean.norm()
     return {
         "to_backprop": float((mean - backprop).norm() / unit), "to_marginal": float((mean - marginal).norm() / unit),
         "cosine_to_backprop": cosine(mean, backprop), "cosine_to_marginal": cosine(mean, marginal),
-        "norm": float(mean.norm() / unit), "noise": float(noise / unit),
+        "norm": float(mean.norm() / unit), "noise": float(noise),
     }  # fmt: skip
 
 
@@ -105,19 +106,8 @@ def measure(
     model: GPT2LMHeadModel, target: float, args: argparse.Namespace, batches: list[Batch]
 ) -> list[dict[str, Any]]:
     """The lines of one target of relaxed_fraction."""
-    config = PCConfig(sweeps=args.sweeps)
-    steered = steered_to(target, model, config, batches)
+    steered = steered_to(target, model, PCConfig(sweeps=args.sweeps), batches)
 
-    def learned(rule: str, batch: Batch) -> Tensor:
-        pc = PCModel(model, PCConfig(sweeps=args.sweeps, learning=rule))  # type: ignore[arg-type]
-        pc.load_state_dict(steered.state_dict())
-        draws = args.draws if rule == "wake_sleep" else 1
-        for _ in range(draws):
-            reports.append(pc.accumulate_grad(**batch, num_items_in_batch=draws * batch["labels"][:, 1:].numel()))
-        pc.detach()
-        return gradient_of(model)
-
-    reports: list[Any] = []
     generator = torch.Generator().manual_seed(0)
     found: dict[str, list[Tensor]] = {"backprop": [], "marginal": []}
     losses: dict[str, list[float]] = {"mean_pass": [], "marginal": [], "free_energy": []}
@@ -133,17 +123,24 @@ def measure(
         for name, value in zip(losses, (loss.item(), (first[1] + second[1]) / 2, first[2]), strict=True):
             losses[name].append(value)
     steered.detach()
-    common = {"target": target, "sequences": len(batches) * args.batch, "seed": 0, "draws": args.draws}
+    common: dict[str, Any] = {"target": target, "sequences": len(batches) * args.batch, "seed": 0, "draws": args.draws}
     common["machine"] = f"{platform.machine()} cpu, torch {torch.__version__}"
-    lines = [{"losses": {name: statistics.fmean(values) for name, values in losses.items()}, **common}]
-    print(json.dumps(lines[-1]), flush=True)
+    common["losses"] = {name: statistics.fmean(values) for name, values in losses.items()}
+    lines = []
+    regimes: dict[str, dict[str, float]] = {}
     for rule in args.rules:
-        found[rule] = [learned(rule, batch) for batch in tqdm(batches, desc=f"{rule} at {target:g}", leave=False)]
+        torch.manual_seed(0)  # of the labels that wake_sleep draws
+        pc = PCModel(model, PCConfig(sweeps=args.sweeps, learning=rule))
+        pc.load_state_dict(steered.state_dict())
+        draws = args.draws if rule == "wake_sleep" else 1
+        repeated = [batch for batch in batches for _ in range(draws)]
+        found[rule], regimes[rule] = learn(pc, tqdm(repeated, desc=f"{rule} at {target:g}", leave=False))
+        pc.detach()
     means = {name: torch.stack(gradients).mean(0) for name, gradients in found.items()}
     sampling = float(torch.stack(halves).mean(0).norm() / means["backprop"].norm())
     for name, gradients in found.items():
         facts = compared(means[name], gradients, means["backprop"], means["marginal"])
-        lines.append({"gradient": name, **facts, "sampling_error": sampling, **common})
+        lines.append({"gradient": name, **facts, **regimes.get(name, {}), "sampling_error": sampling, **common})
         print(json.dumps(lines[-1]), flush=True)
     return lines
 
@@ -159,6 +156,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--samples", type=positive, default=2048, help="of the errors, twice, for each sequence")
     parser.add_argument("--draws", type=positive, default=16, help="of labels, for wake_sleep")
     args = parser.parse_args(argv)
+    for target in args.relaxed_fractions:
+        PCConfig(relaxed_fraction=target)  # what it refuses is refused before the model is trained
     text = characters(args)
     model = gpt2(args, text.vocabulary, 0, torch.device("cpu"))
     train(model, None, drawn(text, args, 0), args.steps, args.learning_rate, "backprop")
