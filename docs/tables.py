@@ -52,6 +52,12 @@ def in_phases(name: str, form: str) -> Column:
     return lambda line: ", ".join(format(phase[name], form) for phase in line["phases"])
 
 
+def _relaxed_by_share(line: Line) -> str:
+    sizes = [abs(phase["share"]) for phase in line["phases"]]
+    relaxed = [phase["relaxed_fraction"] for phase in line["phases"]]
+    return format(sum(s * r for s, r in zip(sizes, relaxed, strict=True)) / sum(sizes), ".2f")
+
+
 def _gap(line: Line) -> str:
     gap = line["over_backprop"]
     return "" if gap is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(gap["nats"], *gap["interval"])
@@ -102,6 +108,7 @@ TABLES: dict[str, dict[str, Column]] = {
         "distance to backprop": field("distance", ".3f"),
         "share of the gradient": in_phases("share", ".2f"),
         "relaxed_fraction": in_phases("relaxed_fraction", ".2f"),
+        "mean": _relaxed_by_share,
         "residual": in_phases("residual", ".3f"),
     },
     "marginal": {

@@ -62,19 +62,21 @@ def test_the_automatic_step_of_the_lagrangian_is_fixed() -> None:
     check(model, attach(model, 5, solver="lagrangian"), expected(model, 5, 0.4, multiplier_rate=0.5))
 
 
+@pytest.mark.parametrize("piecewise", [True, False])
 @pytest.mark.parametrize(("solver", "rate"), [("state", 0.0), ("lagrangian", 0.5)])
-def test_weights_that_move_with_the_states(solver: str, rate: float) -> None:
+def test_weights_that_move_with_the_states(solver: str, rate: float, piecewise: bool) -> None:
     """Incremental PC: in each sweep the weights step down the gradients of that sweep, per label as the loss is."""
     model = LinearChain(layers=len(PRECISION), width=WIDTH)
     oracle = expected(model, 5, 0.3, multiplier_rate=rate, weight_rate=0.2)
     pc = attach(model, 5, solver=solver, step_size=0.3, weight_update="every_sweep")
+    pc.solver.piecewise = piecewise  # type: ignore[attr-defined]
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
 
     def step(loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
-        for weight in model.parameters():
-            assert weight.grad is not None
-            weight.data -= 0.2 * weight.grad
-            weight.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
 
     check(model, pc, oracle, step)
 
