@@ -36,6 +36,7 @@ def check(model: LinearChain, pc: PCModel, oracle: Found, weight_step: Any = Non
         np.testing.assert_allclose(report.states[name.name].numpy(), state, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(report.sequence_free_energy.numpy(), oracle.energy, rtol=1e-9)
     assert report.residual == pytest.approx(oracle.residual.mean())
+    assert report.sweeps == pc.config.sweeps
     weights = [*(layer.weight for layer in model.layers), model.head.weight]
     for weight, gradient in zip(weights, oracle.gradients, strict=True):
         found = torch.zeros_like(weight) if weight.grad is None else weight.grad  # no signal may have come so far
@@ -81,12 +82,13 @@ def test_weights_that_move_with_the_states(solver: str, rate: float, piecewise: 
     check(model, pc, oracle, step)
 
 
-def test_plain_sgd_is_the_fixed_step() -> None:
-    """torch.optim.SGD moves the states as the solver itself does, whatever the precisions."""
+@pytest.mark.parametrize(("optimizer", "momentum"), [("SGD", 0.0), ("SGD(momentum=0.8)", 0.8)])
+def test_sgd_is_the_fixed_step_with_momentum(optimizer: str, momentum: float) -> None:
+    """torch.optim.SGD moves the states as the solver itself does, whatever the precisions, and remembers its moves."""
     for sweeps in (2, 5):
         model = LinearChain(layers=len(PRECISION), width=WIDTH)
-        check(model, attach(model, sweeps, solver="state", step_size=0.3, state_optimizer="SGD"),
-              expected(model, sweeps, 0.3))  # fmt: skip
+        pc = attach(model, sweeps, solver="state", step_size=0.3, state_optimizer=optimizer)
+        check(model, pc, expected(model, sweeps, 0.3, momentum=momentum))
 
 
 def test_adam_moves_in_standard_deviations() -> None:

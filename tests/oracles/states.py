@@ -35,13 +35,16 @@ def relax(
     step: float,
     multiplier_rate: float = 0.0,
     weight_rate: float = 0.0,
+    momentum: float = 0.0,
 ) -> Found:
-    """So many passes, the last of which only learns; with a weight_rate the weights move in the others too."""
+    """So many passes, the last of which only learns; with a weight_rate the weights move in the others too. With a
+    momentum each move has so much of the one before it (heavy ball)."""
     layers, matrices = range(len(matrices)), [*matrices, head]
     states = [x]
     for matrix in matrices[:-1]:
         states.append(states[-1] @ matrix.T)
     multipliers = [np.zeros_like(state) for state in states[1:]]
+    moves = [np.zeros_like(state) for state in states[1:]]
     for sweep in range(sweeps):
         errors = [states[i + 1] - states[i] @ matrices[i].T for i in layers]
         own = [precision[i] * errors[i] + multipliers[i] for i in layers]
@@ -51,7 +54,8 @@ def relax(
         learned = [-d.T @ state for d, state in zip(down, states, strict=True)]
         if sweep == sweeps - 1:
             break
-        states[1:] = [states[i + 1] - step * slopes[i] / precision[i] for i in layers]
+        moves = [momentum * moves[i] - step * slopes[i] / precision[i] for i in layers]
+        states[1:] = [states[i + 1] + moves[i] for i in layers]
         multipliers = [multipliers[i] + multiplier_rate * precision[i] * errors[i] for i in layers]
         matrices = [m - weight_rate * g / y.size for m, g in zip(matrices, learned, strict=True)]
     squares = [sum((v[i] ** 2).sum(1) / precision[i] for i in layers) for v in (slopes, signals)]
