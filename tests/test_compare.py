@@ -13,6 +13,7 @@ from test_invariants import make
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
+from hf_pc import PCConfig
 from hf_pc.cli import main
 from hf_pc.commands import compare
 from hf_pc.commands.waiting import stages
@@ -56,7 +57,9 @@ def test_compare_from_scratch_and_from_weights(
     AutoModelForCausalLM.from_pretrained(found["checkpoint"])
     assert main(["compare", *asked]) == 2
     assert "holds something already" in capsys.readouterr().err
-    assert main(["compare", str(out), *short, "--learning", "balanced", "--output_dir", str(tmp_path / "next")]) == 0
+    rule = ["--learning", "one_sided", "--strengths", "1", "0.25"]
+    assert main(["compare", str(out), *short, *rule, "--output_dir", str(tmp_path / "next")]) == 0
+    assert PCConfig.from_pretrained(tmp_path / "next").strengths == [1.0, 0.25]
     shown = capsys.readouterr().out
     assert "relaxed_fraction" in shown
     assert "learning.png" in shown
