@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracles.descent import descend
+from oracles.descent import descend, fixed_steps
 from oracles.linear import LinearChain
 
 from hf_pc import NodeSpec, PCConfig, PCModel
@@ -22,14 +22,19 @@ def attach(model: LinearChain, precision: list[float], sweeps: int, **settings: 
     return PCModel(model, PCConfig(nodes=nodes, output="gaussian", sweeps=sweeps, **settings))  # type: ignore[arg-type]
 
 
-def expected(model: LinearChain, precision: list[float], *given: float) -> list[tuple[np.ndarray, int]]:
-    """Errors and refusals of each sequence by itself."""
+def problems(model: LinearChain, precision: list[float]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """What the errors of all nodes do to the output, its error without them, and P: of each sequence by itself."""
     way, ways = model.head.weight.detach().numpy(), []
     for matrix in reversed(model.matrices()):
         ways.insert(0, way)
         way = way @ matrix
     p = np.repeat(precision, WIDTH)
-    return [descend(np.hstack(ways), y - way @ x, p, *given) for x, y in zip(X.numpy(), Y.numpy(), strict=True)]
+    return [(np.hstack(ways), y - way @ x, p) for x, y in zip(X.numpy(), Y.numpy(), strict=True)]
+
+
+def expected(model: LinearChain, precision: list[float], *given: float) -> list[tuple[np.ndarray, int]]:
+    """Errors and refusals of each sequence by itself."""
+    return [descend(*problem, *given) for problem in problems(model, precision)]
 
 
 CASES = [*(("error", precision) for precision in (*ONE_NODE, *TWO_NODES)), *(("state", one) for one in ONE_NODE)]
@@ -55,6 +60,18 @@ def test_each_sequence_descends_on_its_own(solver: str, precision: list[float], 
             assert relaxation.refused == sum(refused for _, refused in found)
             if not tolerance:
                 assert relaxation.tried == ROWS * (sweeps - 1)
+        pc.detach()
+
+
+@pytest.mark.parametrize("step", [0.3, 1.0, 1.7])
+def test_fixed_steps_of_errors(step: float) -> None:
+    """With a number as step the errors of every node go down F by it in each sweep, whether F rises or not."""
+    for sweeps in range(1, 6):
+        model = LinearChain(layers=2, width=WIDTH)
+        pc = attach(model, [1.5, 0.8], sweeps, step_size=step)
+        found = pc.relax(inputs=X, labels=Y)
+        steps = [fixed_steps(*problem, sweeps, step) for problem in problems(model, [1.5, 0.8])]
+        np.testing.assert_allclose(torch.cat([*found.errors.values()], 1).numpy(), steps, rtol=1e-9, atol=1e-12)
         pc.detach()
 
 

@@ -60,6 +60,15 @@ def test_sums_and_columns_keep_sequences_apart(batch: int) -> None:
     assert site(MU.double()).column(sums).dtype == torch.float64
 
 
+def test_a_site_knows_what_its_states_pass_through() -> None:
+    """Under autocast that is autocast's dtype, whatever the residual stream is in; otherwise that of the states."""
+    assert site().dtype == torch.float32
+    assert site(MU.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.float16):
+        assert site().dtype == torch.float16
+    assert site(MU.bfloat16()).error.dtype == torch.float32
+
+
 def test_a_step_is_the_energys_own() -> None:
     """-dF/dx over the precision, times the node's factor, which is 1 unless it is given."""
     torch.testing.assert_close(site().step(MU), MU / 2)

@@ -2,7 +2,7 @@
 
 F(e) = |r - J e|^2 / 2 + e P e / 2, e the errors of all nodes in a row and P diagonal. A full move is -P^-1 dF/de.
 Where a move raised F it is taken back and the rate shrinks; otherwise the rate grows up to 1. Anderson acceleration of
-depth one, only at full rate.
+depth one, only at full rate. And steps of a fixed size, without a guarantee.
 """
 
 from __future__ import annotations
@@ -49,3 +49,11 @@ def descend(
     if sweeps > 1 and energy(e) > lowest * (1 + ROUNDING):
         e, refused = best, refused + 1
     return e, refused
+
+
+def fixed_steps(jacobian: np.ndarray, r: np.ndarray, p: np.ndarray, sweeps: int, step: float) -> np.ndarray:
+    """The errors after so many sweeps, the last of which moves none, of plain steps of this size."""
+    e = np.zeros_like(p)
+    for _ in range(sweeps - 1):
+        e = e - step * (e - jacobian.T @ (r - jacobian @ e) / p)
+    return e
