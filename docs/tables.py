@@ -63,11 +63,8 @@ def _gap(line: Line) -> str:
     return "" if gap is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(gap["nats"], *gap["interval"])
 
 
-REGIME: dict[str, Column] = {
-    "relaxed_fraction": of_pc("relaxed_fraction", ".3f"),
-    "residual": of_pc("residual", ".3f"),
-    "regime": of_pc("regime"),
-}
+RELAXED = {"relaxed_fraction": of_pc("relaxed_fraction", ".3f"), "residual": of_pc("residual", ".3f")}
+REGIME = RELAXED | {"regime": of_pc("regime")}
 
 TABLES: dict[str, dict[str, Column]] = {
     "step_cost": {
@@ -120,8 +117,7 @@ TABLES: dict[str, dict[str, Column]] = {
         "with the marginal's": field("cosine_to_marginal", ".3f"),
         "norm": field("norm", ".2f"),
         "noise": field("noise", ".2f"),
-        "relaxed_fraction": of_pc("relaxed_fraction", ".3f"),
-        "residual": of_pc("residual", ".3f"),
+        **RELAXED,
     },
     "solvers": {
         "method": lambda line: f"`{line['method']}`",

@@ -64,8 +64,6 @@ def taken_to_zero(*strengths: float) -> tuple[Phase, ...]:
 
 
 PLAIN = Phase()
-#: those of "one_sided", unless it is given others
-STRENGTHS = (1.0, 0.5, 0.25, 0.125)
 #: the phases of each rule; the first is the one that is reported
 RULES: dict[str, tuple[Phase, ...]] = {
     "plain": (PLAIN,),
@@ -78,7 +76,7 @@ RULES: dict[str, tuple[Phase, ...]] = {
     ),
     "mirrored": (Phase(mirrored=True),),
     "balanced": (Phase(1.0, -1 / 3, mirrored=True), Phase(0.5, 8 / 3, warm=True, mirrored=True)),
-    "one_sided": taken_to_zero(*STRENGTHS),
+    "one_sided": taken_to_zero(1.0, 0.5, 0.25, 0.125),
     "wake_sleep": (Phase(), Phase(1.0, -1.0, own_labels=True), Phase(1.0, 1.0, own_labels=True, at_rest=True)),
 }
 

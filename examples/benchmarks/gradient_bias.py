@@ -18,7 +18,6 @@ import json
 import platform
 import statistics
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,6 +42,16 @@ def gradient_of(model: nn.Module) -> Tensor:
     return found
 
 
+def by_backprop(args: argparse.Namespace, dtype: torch.dtype) -> tuple[GPT2LMHeadModel, list[Batch]]:
+    """A GPT-2 that backprop has trained on the characters of a text, in evaluation, and batches of the same text."""
+    text = characters(args)
+    model = gpt2(args, text.vocabulary, 0, torch.device("cpu"))
+    train(model, None, drawn(text, args, 0), args.steps, args.learning_rate, "backprop")
+    model.zero_grad()
+    model.to(dtype).eval()
+    return model, list(windows(text.train, args.sequence, args.batch, args.batches, 99))
+
+
 def steered_to(fraction: float, model: GPT2LMHeadModel, config: PCConfig, batches: list[Batch]) -> PCModel:
     """A PCModel, detached, whose strength plain learning on these batches has steered to a relaxed_fraction."""
     pc = PCModel(model, dataclasses.replace(config, relaxed_fraction=fraction))
@@ -65,6 +74,11 @@ def config_of(rule: str, nodes: str, dtype: str | None, args: argparse.Namespace
     return PCConfig(nodes, sweeps=args.sweeps, learning=rule, strengths=strengths, relaxation_dtype=dtype)  # type: ignore[arg-type]
 
 
+def regime(sums: dict[str, Tensor]) -> dict[str, Any]:
+    found = summary(sums)
+    return {name: found[name] for name in ("relaxed_fraction", "residual", "refused")}
+
+
 def learn(pc: PCModel, batches: list[Batch]) -> tuple[list[Tensor], dict[str, Any]]:
     """The gradient of each batch; the regime, and of each phase how far it relaxes, and its share of the gradient."""
     gradients = []
@@ -78,8 +92,6 @@ def learn(pc: PCModel, batches: list[Batch]) -> tuple[list[Tensor], dict[str, An
                 add_sums(step, pc.observe(relaxation))
                 add_sums(sums, relaxation.sums())
         gradients.append(gradient_of(pc.model))
-    names = ("relaxed_fraction", "residual", "refused")
-    regime: Callable[[dict[str, Tensor]], dict[str, Any]] = lambda sums: {name: summary(sums)[name] for name in names}  # noqa: E731
     phases = [{"strength": p.strength, "share": p.share, **regime(s)} for p, s in zip(pc.phases, apart, strict=True)]
     return gradients, regime(step) | {"phases": phases}
 
@@ -128,12 +140,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         raise ValueError(
             f"--strengths {args.strengths} are those of one_sided, which is not among --rules {args.rules}"
         )
-    text = characters(args)
-    model = gpt2(args, text.vocabulary, 0, torch.device("cpu"))
-    train(model, None, drawn(text, args, 0), args.steps, args.learning_rate, "backprop")
-    model.zero_grad()
-    model.to(torch.float32 if args.relaxation_dtypes else torch.float64).eval()  # autocast leaves float64 alone
-    batches = list(windows(text.train, args.sequence, args.batch, args.batches, 99))
+    dtype = torch.float32 if args.relaxation_dtypes else torch.float64  # autocast leaves float64 alone
+    model, batches = by_backprop(args, dtype)
     return [line for nodes in args.nodes for line in measure(model, nodes, args, batches)]
 
 

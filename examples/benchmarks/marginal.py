@@ -25,9 +25,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from characters import characters
-from gradient_bias import gradient_of, learn, steered_to
-from language import Batch, arguments, drawn, gpt2, train, windows
+from gradient_bias import by_backprop, gradient_of, learn, steered_to
+from language import Batch, arguments
 from options import positive
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -107,7 +106,6 @@ def measure(
 ) -> list[dict[str, Any]]:
     """The lines of one target of relaxed_fraction."""
     steered = steered_to(target, model, PCConfig(sweeps=args.sweeps), batches)
-
     generator = torch.Generator().manual_seed(0)
     found: dict[str, list[Tensor]] = {"backprop": [], "marginal": []}
     losses: dict[str, list[float]] = {"mean_pass": [], "marginal": [], "free_energy": []}
@@ -158,12 +156,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parser.parse_args(argv)
     for target in args.relaxed_fractions:
         PCConfig(relaxed_fraction=target)  # what it refuses is refused before the model is trained
-    text = characters(args)
-    model = gpt2(args, text.vocabulary, 0, torch.device("cpu"))
-    train(model, None, drawn(text, args, 0), args.steps, args.learning_rate, "backprop")
-    model.zero_grad()
-    model.double().eval()
-    batches = list(windows(text.train, args.sequence, args.batch, args.batches, 99))
+    model, batches = by_backprop(args, torch.float64)
     return [line for target in args.relaxed_fractions for line in measure(model, target, args, batches)]
 
 
