@@ -6,44 +6,14 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_pc.registry import Registry, nearest
+from hf_pc.checks import LARGEST, check_known, check_scale, check_string, check_whole
+from hf_pc.registry import Registry
 
 PC_CONFIG_NAME = "pc_config.json"
 DEFAULT_RELAXED_FRACTION = 0.03
-WEIGHT_UPDATES = ("final", "every_sweep")
-DROPOUT_POLICIES = ("replay", "off")
-RELAXATION_DTYPES = ("bfloat16", "float16")
-
-
-#: what a scale may be: beyond it float32 runs over
-SMALLEST, LARGEST = 1e-12, 1e12
-#: what extrapolation from several strengths may do with the phases: add up their residuals so often, and weigh one so
-#: little that a half precision loses it
-MOST_STRENGTHS, LARGEST_SHARES, SMALLEST_SHARE = 8, 100.0, 1e-4
-
-
-def check_scale(owner: str, name: str, value: object, *, upper: float = LARGEST) -> None:
-    """Raise ValueError unless `value` is a number between SMALLEST and `upper`."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not SMALLEST <= value <= upper or value == 1 == upper:  # type: ignore[operator]
-        allowed = "between 0 and 1, both excluded" if upper == 1 else f"above 0, from {SMALLEST:g} to {upper:g},"
-        raise ValueError(f"{owner}.{name}={value!r} is not allowed: a number {allowed} is needed")
-
-
-def _check_known(owner: str, given: dict[str, Any], cls: type) -> None:
-    known = [f.name for f in dataclasses.fields(cls)]
-    for key in given:
-        if key not in known:
-            raise ValueError(f"{owner} has no field {key!r}; the nearest names are {nearest(str(key), known)}")
-
-
-def _check_string(owner: str, name: str, value: object) -> None:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{owner}.{name}={value!r} is not allowed: a non-empty string is needed")
 
 
 def _split(text: str) -> list[str]:
@@ -77,9 +47,9 @@ class NodeSpec:
     step_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_string("NodeSpec", "pattern", self.pattern)
+        check_string("NodeSpec", "pattern", self.pattern)
         if self.energy is not None:
-            _check_string("NodeSpec", "energy", self.energy)
+            check_string("NodeSpec", "energy", self.energy)
         if self.precision is not None:
             check_scale("NodeSpec", "precision", self.precision)
         check_scale("NodeSpec", "step_factor", self.step_factor)
@@ -92,7 +62,7 @@ class NodeSpec:
         if isinstance(value, str):
             return cls(value)
         if isinstance(value, dict):
-            _check_known("NodeSpec", value, cls)
+            check_known("NodeSpec", value, cls)
             if "pattern" not in value:
                 raise ValueError(f"NodeSpec {value!r} lacks the field 'pattern'")
             return cls(**value)
@@ -129,6 +99,8 @@ class PCConfig:
             several phases relaxes several times. T = 1 is backprop for Gaussian nodes of the `error` solver at step 1
             or "auto".
         step_size: "auto" (each sequence's free energy never rises) or a number in units of 1/precision.
+        anderson_depth: moves that the acceleration of step "auto" remembers, 0 (none) to 10. More than one bring
+            strong relaxation nearer to rest from the fourth sweep on; each more is kept as two copies of the errors.
         state_optimizer: a class of torch.optim, "Adam" or "SGD(momentum=0.9)", that moves the states of the `state`
             and `lagrangian` solvers; `step_size` is its learning rate. None steps down the gradient.
         weight_update: "final" (weights learn once the states have relaxed) or "every_sweep" (incremental PC, arXiv
@@ -174,6 +146,9 @@ class PCConfig:
     step_size: float | str | None = field(
         default="auto", metadata={"help": '"auto" or a number, units of 1/precision.'}
     )
+    anderson_depth: int = field(
+        default=1, metadata={"help": 'Moves that the acceleration of step "auto" remembers; 0 is none.'}
+    )
     state_optimizer: str | None = field(
         default=None, metadata={"help": "A class of torch.optim for the states, such as Adam or SGD(momentum=0.9)."}
     )
@@ -190,11 +165,29 @@ class PCConfig:
     compile: bool = field(default=False, metadata={"help": "Compile the forward of each node's module."})
 
     def __post_init__(self) -> None:
+        from hf_pc.combinations import check
+        from hf_pc.solvers import SOLVERS
+
+        self._normalise_nodes()
+        self._check_names()
+        self._check_strength()
+        check_whole("PCConfig", "sweeps", self.sweeps, least=1)
+        self._normalise_step_size()
+        tolerance_ok = isinstance(self.tolerance, (int, float)) and not isinstance(self.tolerance, bool)
+        if not tolerance_ok or not 0 <= self.tolerance < 1:
+            raise ValueError(f"PCConfig.tolerance={self.tolerance!r} is not allowed: 0 <= tolerance < 1 is needed")
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"PCConfig.compile={self.compile!r} is not allowed: true or false is needed")
+        check(self, SOLVERS[self.solver])
+        if self.strengths is not None:
+            self.strengths = [float(value) for value in self.strengths]
+
+    def _check_names(self) -> None:
+        """Of what is looked up in a registry."""
         from hf_pc.energies import ENERGIES
         from hf_pc.output import OUTPUTS
         from hf_pc.solvers import SOLVERS
 
-        self._normalise_nodes()
         defaults = (("output", "auto"), ("attention_energy", None))
         registries: dict[str, Registry[Any]] = {
             "energy": ENERGIES,
@@ -206,10 +199,13 @@ class PCConfig:
             value = getattr(self, name)
             if (name, value) in defaults:
                 continue
-            _check_string("PCConfig", name, value)
+            check_string("PCConfig", name, value)
             if value not in registry:
                 allowed = ", ".join(map(repr, registry.names()))
                 raise ValueError(f"PCConfig.{name}={value!r} is unknown; allowed: {allowed}")
+
+    def _check_strength(self) -> None:
+        """That there is one of the three that say it."""
         strengths = {n: getattr(self, n) for n in ("precision", "relative_std", "relaxed_fraction")}
         given = {n: v for n, v in strengths.items() if v is not None}
         if len(given) > 1 and given.get("relaxed_fraction") == DEFAULT_RELAXED_FRACTION:
@@ -225,107 +221,10 @@ class PCConfig:
         for name, value in given.items():
             upper = {"relaxed_fraction": 1.0, "relative_std": 1e6}.get(name, LARGEST)
             check_scale("PCConfig", name, value, upper=upper)
-        if not isinstance(self.sweeps, int) or isinstance(self.sweeps, bool) or self.sweeps < 1:
-            raise ValueError(f"PCConfig.sweeps={self.sweeps!r} is not allowed: a whole number of at least 1 is needed")
-        self._normalise_step_size()
-        self._check_solver(SOLVERS[self.solver])
-        tolerance_ok = isinstance(self.tolerance, (int, float)) and not isinstance(self.tolerance, bool)
-        if not tolerance_ok or not 0 <= self.tolerance < 1:
-            raise ValueError(f"PCConfig.tolerance={self.tolerance!r} is not allowed: 0 <= tolerance < 1 is needed")
-        if self.dropout not in DROPOUT_POLICIES:
-            raise ValueError(f"PCConfig.dropout={self.dropout!r} is unknown; allowed: {DROPOUT_POLICIES}")
-        if self.relaxation_dtype not in (None, *RELAXATION_DTYPES):
-            raise ValueError(
-                f"PCConfig.relaxation_dtype={self.relaxation_dtype!r} is unknown; allowed: {RELAXATION_DTYPES}, None"
-            )
-        if not isinstance(self.compile, bool):
-            raise ValueError(f"PCConfig.compile={self.compile!r} is not allowed: true or false is needed")
-        if self.compile and self.attention_energy is not None:
-            raise ValueError(
-                f"PCConfig.compile=True excludes attention_energy={self.attention_energy!r}: a node inside compiled "
-                "code would be skipped"
-            )
-
-    def _check_solver(self, solver: Any) -> None:
-        from hf_pc.learning import RULES
-
-        name, update = self.state_optimizer, self.weight_update
-        _check_string("PCConfig", "learning", self.learning)
-        if self.learning not in RULES:
-            raise ValueError(f"PCConfig.learning={self.learning!r} is unknown; allowed: {', '.join(map(repr, RULES))}")
-        if self.learning != "plain" and not solver.takes_phases:
-            raise ValueError(f"PCConfig.learning={self.learning!r} needs solver='error', not {self.solver!r}")
-        if self.learning != "plain" and self.step_size != "auto":
-            raise ValueError(
-                f"PCConfig.learning={self.learning!r} needs step_size='auto', not {self.step_size!r}: phases relaxed "
-                "by unequal amounts do not cancel"
-            )
-        self._check_strengths()
-        if self.relaxation_dtype is not None and not solver.stores_errors:
-            raise ValueError(
-                f"PCConfig.relaxation_dtype={self.relaxation_dtype!r} needs solver='error', not {self.solver!r}: the "
-                "rounding of a prediction would be an error of its state"
-            )
-        if self.attention_energy == "learned_variance":
-            raise ValueError("PCConfig.attention_energy='learned_variance' is not allowed: the keys of a sequence are "
-                             "as many as its tokens, so no variance can be learned for each")  # fmt: skip
-        if self.energy == "learned_variance" and self.relaxed_fraction is not None:
-            raise ValueError(
-                "PCConfig.energy='learned_variance' needs precision or relative_std: a steered relaxed_fraction would "
-                "take back what the variances learn, until all are at their floor"
-            )
-        if update not in WEIGHT_UPDATES:
-            raise ValueError(f"PCConfig.weight_update={update!r} is unknown; allowed: {WEIGHT_UPDATES}")
-        if update == "every_sweep" and not solver.moves_weights:
-            raise ValueError(
-                f"PCConfig.weight_update={update!r} needs solver='state' or 'lagrangian', not {self.solver!r}"
-            )
-        if name is None:
-            return
-        from hf_pc.solvers.optimizers import parse_optimizer
-
-        _check_string("PCConfig", "state_optimizer", name)
-        parse_optimizer(name)
-        if not solver.takes_optimizer:
-            raise ValueError(f"PCConfig.state_optimizer={name!r} needs solver='state', not {self.solver!r}")
-        if self.step_size == "auto":
-            raise ValueError(
-                f"PCConfig.state_optimizer={name!r} needs a number as step_size, its learning rate; it is 'auto'"
-            )
-
-    def _check_strengths(self) -> None:
-        from hf_pc.learning import taken_to_zero
-
-        if self.strengths is None:
-            return
-        if self.learning != "one_sided":
-            raise ValueError(
-                f"PCConfig.strengths={self.strengths!r} needs learning='one_sided', not {self.learning!r}"
-            )
-        given = self.strengths if isinstance(self.strengths, (list, tuple)) else []
-        numbers = [v for v in given if isinstance(v, (int, float)) and not isinstance(v, bool)]
-        falls = all(higher > lower >= SMALLEST for higher, lower in pairwise(numbers))
-        if len(numbers) < len(given) or not 2 <= len(numbers) <= MOST_STRENGTHS or numbers[0] != 1 or not falls:
-            raise ValueError(
-                f"PCConfig.strengths={self.strengths!r} is not allowed: a list of two to {MOST_STRENGTHS} Python "
-                f"numbers is needed, the first 1, each under the one before and no less than {SMALLEST:g}"
-            )
-        shares = [abs(phase.share) for phase in taken_to_zero(*numbers)]
-        if not sum(shares) <= LARGEST_SHARES:
-            raise ValueError(
-                f"PCConfig.strengths={self.strengths!r} is not allowed: they are too close together, so that what "
-                f"each phase leaves is taken {sum(shares):.3g} times; at most {LARGEST_SHARES:g} times is allowed"
-            )
-        if min(shares) < SMALLEST_SHARE:
-            raise ValueError(
-                f"PCConfig.strengths={self.strengths!r} is not allowed: they are too far apart, so that one carries "
-                f"{min(shares):.1g} of the gradient; at least {SMALLEST_SHARE:g} is needed"
-            )
-        self.strengths = [float(value) for value in numbers]
 
     def _normalise_nodes(self) -> None:
         if isinstance(self.nodes, str):
-            _check_string("PCConfig", "nodes", self.nodes)
+            check_string("PCConfig", "nodes", self.nodes)
             parts = _split(self.nodes)
             if len(parts) > 1:
                 self.nodes = [NodeSpec.parse(part.strip()) for part in parts]
@@ -345,6 +244,11 @@ class PCConfig:
         if self.step_size != "auto":
             check_scale("PCConfig", "step_size", self.step_size)
 
+    @property
+    def specs(self) -> list[NodeSpec]:
+        """The rules of placement that are written out; a preset is none."""
+        return self.nodes if isinstance(self.nodes, list) else []
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` gives the same configuration back."""
         return dataclasses.asdict(self)
@@ -354,7 +258,7 @@ class PCConfig:
         """The inverse of `to_dict`. Raises ValueError on anything malformed."""
         if not isinstance(values, dict):
             raise ValueError(f"a PCConfig is made from a JSON object, not from {type(values).__name__}")
-        _check_known("PCConfig", values, cls)
+        check_known("PCConfig", values, cls)
         try:
             return cls(**values)
         except RecursionError:

@@ -216,9 +216,9 @@ class PCModel:
             later = not self._ends_with(phase) and all(other.warm for other in self.phases[1:])
             self._defers = later and not routed
             self.relaxation.weights = [p for p in self.model.parameters() if p.requires_grad]
-            if any(phase.own_labels for phase in self.phases) and first:
+            if first and (self.solver.draws or any(phase.own_labels for phase in self.phases)):
                 # before the generator is noted: what is restored in every pass would give every step the same draw
-                self._draw_seed = int(torch.randint(2**62, ())) + process_index()
+                self._draw_seed = self.relaxation.seed = int(torch.randint(2**62, ())) + process_index()
             if first:  # the phases of a step see the same dropout masks
                 self._dropout_state = RandomState(p.device for p in self.model.parameters())
             self._random = self._dropout_state

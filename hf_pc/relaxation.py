@@ -85,6 +85,8 @@ class Relaxation:
         self.agree: Callable[[bool], bool] = lambda holds: holds
         self.defers = False  # whether the first node's module is left to learn in a later phase
         self.step_size = 1.0
+        self.seed = 0  # of what solvers draw
+        self._generators: dict[torch.device, torch.Generator] = {}
         self.scale: Tensor | float = 1.0
         self.sweeps = 0
         self.tried = 0
@@ -199,6 +201,12 @@ class Relaxation:
     def at_rest(self) -> bool:
         """Whether this is the first pass, where every error is zero."""
         return self.sweeps == 1 and not self.phase.warm
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """What the errors on a device are drawn from: the same in each relaxation of this seed, and in no other."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return self._generators[device]
 
     def _site(self, node: Node, mu: Tensor) -> Site:
         sites = self._of_node.setdefault(node.name, [])

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_pc.config import PCConfig, check_scale
+from hf_pc.checks import check_scale
+from hf_pc.config import PCConfig
 from hf_pc.processes import process_count, process_index
 from hf_pc.relaxation import add_sums, relaxed_fraction
 

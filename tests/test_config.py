@@ -16,6 +16,8 @@ from test_invariants import make
 from hf_pc import NodeSpec, PCConfig, PCModel
 from hf_pc.config import DEFAULT_RELAXED_FRACTION
 
+DRAWN = {"solver": "langevin", "relative_std": 0.3}
+
 
 @pytest.mark.parametrize(
     ("values", "message"),
@@ -37,6 +39,18 @@ from hf_pc.config import DEFAULT_RELAXED_FRACTION
         ({"relaxation_dtype": "float16", "solver": "state"}, "needs solver='error', not 'state'"),
         ({"energy": "gausian"}, "energy='gausian'.*'gaussian'"),
         ({"solver": "adam"}, "solver='adam'.*'error'"),
+        ({"anderson_depth": 11}, "anderson_depth=11 is not allowed: a whole number from 0 to 10"),
+        ({"anderson_depth": True}, "anderson_depth=True"),
+        ({"anderson_depth": 2, "step_size": 0.3}, "anderson_depth=2 needs .* not 'error' and 0.3"),
+        ({"anderson_depth": 0, "solver": "lagrangian"}, "anderson_depth=0 needs .* not 'lagrangian' and 'auto'"),
+        ({"solver": "langevin"}, "solver='langevin' needs precision or relative_std"),
+        (DRAWN | {"energy": "laplace"}, "energy 'laplace' is not allowed"),
+        (DRAWN | {"attention_energy": "categorical"}, "energy 'categorical' is not allowed"),
+        (DRAWN | {"nodes": [{"pattern": "h.0", "energy": "laplace"}]}, "energy 'laplace' is not allowed"),
+        (DRAWN | {"tolerance": 0.1}, "tolerance=0.1 is not allowed with solver='langevin'"),
+        (DRAWN | {"step_size": 2}, "step_size=2 is not allowed .* step_factor, 1, a rate under 2"),
+        (DRAWN | {"nodes": [{"pattern": "h.0", "step_factor": 4.0}]}, "step_size='auto' is not .*step_factor, 4"),
+        (DRAWN | {"learning": "centred"}, "learning='centred' needs solver='error', not 'langevin'"),
         ({"nodes": []}, "nodes="),
         ({"nodes": [3]}, "nodes"),
         ({"relaxd_fraction": 0.1}, "nearest names are 'relaxed_fraction'"),

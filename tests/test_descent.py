@@ -40,9 +40,10 @@ def expected(model: LinearChain, precision: list[float], *given: float) -> list[
 CASES = [*(("error", precision) for precision in (*ONE_NODE, *TWO_NODES)), *(("state", one) for one in ONE_NODE)]
 
 
+@pytest.mark.parametrize("depth", [0, 1, 2, 4])
 @pytest.mark.parametrize("tolerance", [0.0, 0.1])
 @pytest.mark.parametrize(("solver", "precision"), CASES, ids=str)
-def test_each_sequence_descends_on_its_own(solver: str, precision: list[float], tolerance: float) -> None:
+def test_each_sequence_descends_on_its_own(solver: str, precision: list[float], tolerance: float, depth: int) -> None:
     """At every number of sweeps errors and refused moves are those of each sequence alone, whatever is refused.
 
     The state of a single node moves as its error does.
@@ -50,8 +51,8 @@ def test_each_sequence_descends_on_its_own(solver: str, precision: list[float], 
     model = LinearChain(layers=len(precision), width=WIDTH)
     rate = 1.0 if solver == "error" else FIRST_RATE
     for sweeps in range(1, 9):
-        found = expected(model, precision, sweeps, rate, tolerance)
-        pc = attach(model, precision, sweeps, solver=solver, tolerance=tolerance)
+        found = expected(model, precision, sweeps, rate, tolerance, depth)
+        pc = attach(model, precision, sweeps, solver=solver, tolerance=tolerance, anderson_depth=depth)
         with pc.relaxed({"inputs": X, "labels": Y}) as relaxation:
             pc.learning_pass({"inputs": X, "labels": Y})
             leaves = [site.leaf.detach() for site in relaxation.sites]

@@ -37,7 +37,13 @@ class Interrupt(TorchFunctionMode):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"learning": "centred"}, {"solver": "state"}, {"nodes": "linear", "dropout": "off"}, {"learning": "wake_sleep"}],
+    [
+        {"learning": "centred"},
+        {"solver": "state"},
+        {"nodes": "linear", "dropout": "off"},
+        {"learning": "wake_sleep"},
+        {"solver": "langevin"},
+    ],
     ids=str,
 )
 def test_interrupted_anywhere(settings: dict[str, Any]) -> None:

@@ -196,9 +196,10 @@ def test_load_best_model_at_end(tmp_path: Path) -> None:
     assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
 
 
-def test_resume_is_exact(tmp_path: Path) -> None:
-    """Interrupted after two steps and resumed, with dropout and steering, the weights are bit for bit the same."""
-    saving = {"save_strategy": "steps", "save_steps": 2, "dropout": 0.1}
+@pytest.mark.parametrize("config", [RELAXING, PCConfig(solver="langevin", relative_std=0.3)], ids=["error", "drawn"])
+def test_resume_is_exact(tmp_path: Path, config: PCConfig) -> None:
+    """Interrupted after two steps and resumed, with dropout and steering or draws, the weights are the same bits."""
+    saving = {"config": config, "save_strategy": "steps", "save_steps": 2, "dropout": 0.1}
     whole = trained(tmp_path / "a", **saving)
     resumed = trainer(tmp_path / "b", **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))

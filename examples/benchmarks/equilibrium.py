@@ -16,7 +16,7 @@ from typing import Any
 
 from characters import characters
 from language import arguments, compare
-from options import positive
+from options import natural, positive
 
 from hf_pc import PCConfig
 from hf_pc.learning import RULES
@@ -37,6 +37,7 @@ def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:
                 strengths=strengths,
                 relaxed_fraction=target,
                 sweeps=args.sweeps,  # type: ignore[arg-type]
+                anderson_depth=args.anderson_depth,
             )
         for solver in ("state", "lagrangian"):
             found[f"{solver}_{target:g}"] = PCConfig(solver=solver, relaxed_fraction=target, sweeps=args.state_sweeps)
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--relaxed_fractions", type=float, nargs="+", default=[0.1, 0.3])
     parser.add_argument("--state_sweeps", type=positive, default=20, help="of the solvers that move states")
     parser.add_argument("--strengths", type=float, nargs="+", help="of one_sided, from 1 down")
+    parser.add_argument("--anderson_depth", type=natural, default=1, help="of the rules of learning")
     args = parser.parse_args(argv)
     return compare(methods(args), characters(args), args)
 

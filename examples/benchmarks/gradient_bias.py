@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from hf_pc import PCConfig, PCModel
-from hf_pc.config import RELAXATION_DTYPES
+from hf_pc.combinations import RELAXATION_DTYPES
 from hf_pc.learning import RULES
 from hf_pc.relaxation import add_sums, summary
 

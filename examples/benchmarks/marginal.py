@@ -1,14 +1,15 @@
-"""What each rule of `hf_pc.learning` comes near: backprop's gradient, or that of the model's marginal likelihood.
+"""What each way to learn comes near: backprop's gradient, or that of the model's marginal likelihood.
 
     python examples/benchmarks/marginal.py --train_file text.txt --relaxed_fractions 0.1 0.3 0.5
 
 A PC model is a generative one: its states are its predictions plus Gaussian errors, and the likelihood of labels is
 the mean over errors of what the output says, p(y) = E_e exp(-L(e)). Its gradient is estimated by importance sampling
 around the equilibrium, on a GPT-2 so small that this is exact to the printed "sampling_error"; backprop's is the
-gradient of L(0). Prints one JSON line per target of relaxed_fraction and rule: distances of the mean gradient to
-both, over the norm of backprop's; their cosines; the noise, the root mean square over small batches of what a gradient
-differs from that mean, over the norm of the mean; the regime; and the three losses, L(0), -log p(y) and F, nats per
-token. The mean of wake_sleep is over several draws of labels for each batch, its noise that of single draws.
+gradient of L(0). Prints one JSON line per target of relaxed_fraction and rule of `hf_pc.learning`, and for the solver
+langevin at the relative_std of the same target: distances of the mean gradient to both, over the norm of backprop's;
+their cosines; the noise, the root mean square over small batches of what a gradient differs from that mean, over the
+norm of the mean; the regime; and the three losses, L(0), -log p(y) and F, nats per token. The mean of wake_sleep and
+langevin is over several draws for each batch, their noise that of single draws.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from hf_pc import PCConfig, PCModel
 from hf_pc.learning import RULES
 
 DEFAULTS = {"steps": 1000, "batch": 8, "layers": 2, "hidden": 16, "heads": 2, "sequence": 8, "sweeps": 30}
+#: what is random: its mean is taken over several draws
+DRAWN = ("wake_sleep", "langevin")
 
 
 def _added(error: Tensor, module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -78,6 +81,12 @@ def likelihood(
         marginal -= float(weight.logsumexp(0)) - math.log(samples)
         (weight.softmax(0) * loss).sum().div(labels.numel()).backward()  # type: ignore[no-untyped-call]
     return gradient_of(model), marginal / labels.numel(), found.free_energy
+
+
+def config_of(method: str, relative_std: float, args: argparse.Namespace) -> PCConfig:
+    if method == "langevin":
+        return PCConfig(solver="langevin", sweeps=args.langevin_sweeps, relative_std=relative_std)
+    return PCConfig(learning=method, sweeps=args.sweeps, relative_std=relative_std)  # type: ignore[arg-type]
 
 
 def precisions(pc: PCModel) -> list[Tensor]:
@@ -126,13 +135,13 @@ def measure(
     common["losses"] = {name: statistics.fmean(values) for name, values in losses.items()}
     lines = []
     regimes: dict[str, dict[str, float]] = {}
-    for rule in args.rules:
-        torch.manual_seed(0)  # of the labels that wake_sleep draws
-        pc = PCModel(model, PCConfig(sweeps=args.sweeps, learning=rule))
+    for method in args.methods:
+        torch.manual_seed(0)  # of what is drawn
+        pc = PCModel(model, config_of(method, steered.relative_std, args))
         pc.load_state_dict(steered.state_dict())
-        draws = args.draws if rule == "wake_sleep" else 1
+        draws = args.draws if method in DRAWN else 1
         repeated = [batch for batch in batches for _ in range(draws)]
-        found[rule], regimes[rule] = learn(pc, tqdm(repeated, desc=f"{rule} at {target:g}", leave=False))
+        found[method], regimes[method] = learn(pc, tqdm(repeated, desc=f"{method} at {target:g}", leave=False))
         pc.detach()
     means = {name: torch.stack(gradients).mean(0) for name, gradients in found.items()}
     sampling = float(torch.stack(halves).mean(0).norm() / means["backprop"].norm())
@@ -148,11 +157,15 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--learning_rate", type=float, default=6e-3)
     parser.add_argument("--relaxed_fractions", type=float, nargs="+", default=[0.1, 0.3, 0.5])
     parser.add_argument(
-        "--rules", nargs="+", choices=list(RULES), default=["plain", "centred", "one_sided", "wake_sleep"]
+        "--methods",
+        nargs="+",
+        choices=[*RULES, "langevin"],
+        default=["plain", "centred", "one_sided", "wake_sleep", "langevin"],
     )
+    parser.add_argument("--langevin_sweeps", type=positive, default=8)
     parser.add_argument("--batches", type=positive, default=8)
     parser.add_argument("--samples", type=positive, default=2048, help="of the errors, twice, for each sequence")
-    parser.add_argument("--draws", type=positive, default=16, help="of labels, for wake_sleep")
+    parser.add_argument("--draws", type=positive, default=16, help="of labels for wake_sleep, of errors for langevin")
     args = parser.parse_args(argv)
     for target in args.relaxed_fractions:
         PCConfig(relaxed_fraction=target)  # what it refuses is refused before the model is trained

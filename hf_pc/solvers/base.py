@@ -22,11 +22,15 @@ class Solver(ABC):
     """Owns how the errors of one batch move; holds nothing of a batch itself.
 
     Args:
-        config: `sweeps`, `step_size`, `tolerance` and `state_optimizer` are the solver's to follow.
+        config: `sweeps`, `step_size`, `anderson_depth`, `tolerance` and `state_optimizer` are the solver's to follow.
     """
 
     #: whether `state_optimizer` is followed, weights may move at every sweep, a step may have several phases
     takes_optimizer = moves_weights = takes_phases = False
+    #: whether `anderson_depth` is followed at step "auto"
+    accelerates = False
+    #: whether errors are drawn, by `Relaxation.generator`
+    draws = False
     #: whether leaves are errors, so that predictions may be rounded in one pass as they are not in the next
     stores_errors = False
     #: whether one `backward()` is all that goes through a learning pass's graph
@@ -37,7 +41,12 @@ class Solver(ABC):
         self.sweeps = config.sweeps
         self.step_size: str | float = config.step_size
         self.tolerance = config.tolerance
+        self.depth = config.anderson_depth
         self.optimizer = None if config.state_optimizer is None else parse_optimizer(config.state_optimizer)
+
+    @classmethod
+    def check(cls, config: PCConfig) -> None:
+        """Raise ValueError if there is what this solver cannot follow; called when a configuration is made."""
 
     @abstractmethod
     def join(self, relaxation: Relaxation, site: Site, mu: Tensor) -> Tensor:

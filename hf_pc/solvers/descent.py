@@ -3,9 +3,7 @@
 Works on the leaves of the sites, whatever the coordinates: each sequence keeps the best leaves it has met, shrinks
 its rate where a move was refused, and starts the next one from the best again.
 
-Moves are Anderson-accelerated (Walker and Ni 2011, type II) with a memory of one: so much of the last move is taken
-back as makes its change of direction cancel the present direction best. A sequence that was just refused moves
-plainly. Two remembered moves converged no further within five sweeps and cost twice the time.
+Moves are accelerated (`hf_pc.solvers.acceleration`), but for those of a sequence that was just refused.
 
 Sweeps may be in lower precision than the first and the last pass. Their free energies differ by the rounding of the
 logits, which is no smaller where they are small: such a sweep is refused for a larger rise alone. The last pass is
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_pc.relaxation import Relaxation, known_to_hold
+from hf_pc.solvers.acceleration import Acceleration
 
 GROW, SHRINK = 1.3, 0.4
 
@@ -28,12 +27,20 @@ LOWER = {torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
 
 
 class Descent:
-    """The best leaves of each sequence so far, and the direction down from there."""
+    """The best leaves of each sequence so far, and the direction down from there.
 
-    def __init__(self, relaxation: Relaxation, tolerance: float, first_rate: float = 1.0) -> None:
+    Args:
+        relaxation: whose sites move.
+        tolerance: the residual under which a sequence stays where it is.
+        depth: how many moves the acceleration remembers; 0 is none.
+        first_rate: of each sequence's first move.
+    """
+
+    def __init__(self, relaxation: Relaxation, tolerance: float, depth: int, first_rate: float = 1.0) -> None:
         self.relaxation = relaxation
         self.tolerance = tolerance
         self.first_rate = first_rate
+        self.acceleration = Acceleration(relaxation, depth) if depth else None
         lower = relaxation.lower
         self.rounding = ROUNDING[_compute_dtype(relaxation)] if lower is None else LOWER[lower]
         self.best: list[Tensor] = []
@@ -43,9 +50,9 @@ class Descent:
         self.rate: Tensor
 
     @classmethod
-    def beside_rest(cls, relaxation: Relaxation, tolerance: float) -> Descent:
+    def beside_rest(cls, relaxation: Relaxation, tolerance: float, depth: int) -> Descent:
         """Of a phase that begins elsewhere than at rest: what it begins with has to be lower than rest."""
-        descent = cls(relaxation, tolerance)
+        descent = cls(relaxation, tolerance, depth)
         descent.free_energy = relaxation.rest_energy()
         descent.rate = descent.residual = torch.ones_like(descent.free_energy)
         for site in relaxation.sites:
@@ -76,7 +83,7 @@ class Descent:
         leaves = [site.leaf.detach() for site in sites]
         residual = self.relaxation.residual().to(stands.device)
         if not self.best:
-            self.residual, back = residual, None
+            self.residual = residual
             if self.relaxation.followed:
                 for site, direction in zip(sites, directions, strict=True):
                     site.first_move = direction
@@ -86,17 +93,14 @@ class Descent:
             if not known_to_hold(stands):
                 leaves = self._mix(stands, leaves, self.best)
                 directions = self._mix(stands, directions, self.direction)
-            back = self._share(directions)
+        steps = directions
+        if self.best and self.acceleration:
+            steps = self.acceleration.steps((self.best, self.direction), (leaves, directions), self.rate < 1)
+        self.best, self.direction = leaves, directions
         rate = torch.where(self.converged(), torch.zeros_like(self.rate), self.rate)  # a converged sequence stays
         full = known_to_hold(rate == 1)
-        for i, site in enumerate(sites):
-            step = directions[i]
-            if back is not None:
-                taken = site.column(back)
-                step = torch.addcmul(step, taken, (self.best[i] - leaves[i]).add_(self.direction[i]).sub_(step))
-                self.best[i], self.direction[i] = leaves[i], directions[i]
-            site.leaf = (leaves[i] + (step if full else step * site.column(rate))).requires_grad_()
-        self.best, self.direction = leaves, directions
+        for site, leaf, step in zip(sites, leaves, steps, strict=True):
+            site.leaf = (leaf + (step if full else step * site.column(rate))).requires_grad_()
 
     def converged(self) -> Tensor:
         return self.residual < self.tolerance
@@ -104,19 +108,6 @@ class Descent:
     def _mix(self, stands: Tensor, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
         sites = self.relaxation.sites
         return [torch.where(s.column(stands), n, o) for s, n, o in zip(sites, new, old, strict=True)]
-
-    def _share(self, directions: list[Tensor]) -> Tensor:
-        """Of the last move, the share to take back, [batch]: least squares in units of the precisions."""
-        sites, batch = self.relaxation.sites, self.relaxation.batch
-        products = torch.zeros(2, batch, dtype=torch.float64, device=self.rate.device)
-        for site, new, old in zip(sites, directions, self.direction, strict=True):
-            turned = new - old
-            weighted = turned * site.precision
-            square = torch.linalg.vecdot(weighted, turned), torch.linalg.vecdot(weighted, new)
-            products += torch.stack([site.per_sequence(value, batch) for value in square]).to(products)
-        turned_square, turned_new = self.relaxation.share.sum(products).unbind()
-        share = turned_new / turned_square
-        return torch.where((self.rate < 1) | ~share.isfinite(), 0.0, share)
 
     def confirm(self) -> bool:
         """Whether the last pass stands for every sequence; if not, the leaves are the best ones again.
@@ -143,6 +134,7 @@ class Descent:
     def settle(self) -> None:
         """No more moves: forget what only they would need."""
         self.direction = []
+        self.acceleration = None
 
     def _restore(self, stands: Tensor) -> None:
         """Put the best leaves back into the sites of the sequences whose last pass does not stand."""

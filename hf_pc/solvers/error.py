@@ -21,7 +21,7 @@ from hf_pc.solvers.descent import Descent
 class ErrorSolver(Solver):
     """Relaxation in error coordinates; `step_size` "auto" never raises a sequence's free energy."""
 
-    takes_phases = stores_errors = one_backward = True
+    takes_phases = stores_errors = one_backward = accelerates = True
 
     def join(self, relaxation: Relaxation, site: Site, mu: Tensor) -> Tensor:
         if relaxation.at_rest:
@@ -35,11 +35,11 @@ class ErrorSolver(Solver):
         if self.step_size != "auto":
             return self._relax_fixed(relaxation, forward, float(self.step_size))
         warm = relaxation.phase.warm and relaxation.sites  # LayerDrop may leave a step without any
-        descent = Descent.beside_rest(relaxation, self.tolerance) if warm else None
+        descent = Descent.beside_rest(relaxation, self.tolerance, self.depth) if warm else None
         for _ in range(relaxation.passes(self.sweeps) - 1):
             relaxation.begin(RELAX)
             energy = forward()
-            descent = descent or Descent(relaxation, self.tolerance)
+            descent = descent or Descent(relaxation, self.tolerance, self.depth)
             stands = descent.judge()
             descent.move(stands, self.gradients(relaxation, energy))
             if self.tolerance and relaxation.agree(bool(descent.converged().all())):
@@ -55,7 +55,11 @@ class ErrorSolver(Solver):
             relaxation.begin(RELAX)
             gradients = self.gradients(relaxation, forward())
             for site, gradient in zip(relaxation.sites, gradients, strict=True):
-                site.leaf = (site.leaf.detach() - step * site.step(gradient)).requires_grad_()
+                site.leaf = self.moved(relaxation, site, gradient, step).requires_grad_()
             if self.tolerance and relaxation.agree(bool((relaxation.residual() < self.tolerance).all())):
                 break
         return lambda: True
+
+    def moved(self, relaxation: Relaxation, site: Site, gradient: Tensor, step: float) -> Tensor:
+        """The errors of a site after a move by a fixed step."""
+        return site.leaf.detach() - step * site.step(gradient)

@@ -60,7 +60,7 @@ class StateSolver(Solver):
     of 1/precision (SGD), or of the standard deviation 1/sqrt(precision) (Adam and others that normalise).
     """
 
-    takes_optimizer = moves_weights = True
+    takes_optimizer = moves_weights = accelerates = True
 
     def __init__(self, config: PCConfig) -> None:
         super().__init__(config)
@@ -173,7 +173,7 @@ class _Mover:
     @staticmethod
     def of(solver: StateSolver, relaxation: Relaxation) -> _Mover:
         if solver.step_size == "auto":
-            return _Descending(relaxation, solver.tolerance)
+            return _Descending(relaxation, solver.tolerance, solver.depth)
         if solver.optimizer is not None:
             return _Optimizing(relaxation, float(solver.step_size), solver.optimizer)
         return _Mover(relaxation, float(solver.step_size))
@@ -192,13 +192,14 @@ class _Mover:
 class _Descending(_Mover):
     """Never lets a sequence's free energy rise."""
 
-    def __init__(self, relaxation: Relaxation, tolerance: float) -> None:
+    def __init__(self, relaxation: Relaxation, tolerance: float, depth: int) -> None:
         self.relaxation = relaxation
         self.tolerance = tolerance
+        self.depth = depth
         self.descent: Descent | None = None
 
     def move(self, gradients: list[Tensor]) -> None:
-        self.descent = self.descent or Descent(self.relaxation, self.tolerance, FIRST_RATE)
+        self.descent = self.descent or Descent(self.relaxation, self.tolerance, self.depth, FIRST_RATE)
         self.descent.move(self.descent.judge(), gradients)
 
     def settle(self) -> None:

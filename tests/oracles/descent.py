@@ -2,18 +2,40 @@
 
 F(e) = |r - J e|^2 / 2 + e P e / 2, e the errors of all nodes in a row and P diagonal. A full move is -P^-1 dF/de.
 Where a move raised F it is taken back and the rate shrinks; otherwise the rate grows up to 1. Anderson acceleration of
-depth one, only at full rate. And steps of a fixed size, without a guarantee.
+the given depth, only at full rate. And steps of a fixed size, without a guarantee.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-GROW, SHRINK, ROUNDING = 1.3, 0.4, 1e-12
+GROW, SHRINK, ROUNDING, RIDGE = 1.3, 0.4, 1e-12, 1e-7
+
+
+def shares(turns: list[np.ndarray], direction: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """How much of each turn to take from a direction, so that least is left of it in units of p.
+
+    A matrix of the turns as columns of length 1 has the normal equations; the ridge is on their diagonal.
+    """
+    used = [i for i, turn in enumerate(turns) if turn.any()]
+    found = np.zeros(len(turns))
+    if used:
+        columns = np.stack([np.sqrt(p) * turns[i] for i in used], axis=1)
+        lengths = np.linalg.norm(columns, axis=0)
+        columns /= lengths
+        normal = (columns.T @ columns + RIDGE / (1 - RIDGE) * np.eye(len(used))) * (1 - RIDGE)
+        found[used] = np.linalg.solve(normal, columns.T @ (np.sqrt(p) * direction)) / lengths
+    return found
 
 
 def descend(
-    jacobian: np.ndarray, r: np.ndarray, p: np.ndarray, sweeps: int, rate: float = 1.0, tolerance: float = 0.0
+    jacobian: np.ndarray,
+    r: np.ndarray,
+    p: np.ndarray,
+    sweeps: int,
+    rate: float = 1.0,
+    tolerance: float = 0.0,
+    depth: int = 1,
 ) -> tuple[np.ndarray, int]:
     """The errors after so many sweeps, the last of which only judges, and how many moves were refused."""
 
@@ -32,19 +54,22 @@ def descend(
 
     best = e = np.zeros_like(p)
     direction, lowest, refused = move(e), energy(e), 0
+    past: list[tuple[np.ndarray, np.ndarray]] = []  # how far each move went, and how it turned the direction
     for sweep in range(1, sweeps):
+        step = direction
         if sweep > 1:
-            before, turned = (best, direction), 0.0
+            before = best, direction
             if energy(e) <= lowest * (1 + ROUNDING):
                 best, direction, lowest, rate = e, move(e), energy(e), min(1.0, rate * GROW)
             else:
                 refused, rate = refused + 1, rate * SHRINK
-            turn = direction - before[1]
-            if rate == 1 and turn.any():
-                turned = float(turn @ (p * direction) / (turn @ (p * turn)))
-            step = direction + turned * (before[0] + before[1] - best - direction)
-        else:
+            past = [*past, (best - before[0], direction - before[1])][-depth:] if depth else []
             step = direction
+            if rate == 1 and depth:
+                found = shares([turn for _, turn in past], direction, p)
+                step = direction - sum(
+                    share * (moved + turn) for share, (moved, turn) in zip(found, past, strict=True)
+                )
         e = best if rests(best) else best + rate * step
     if sweeps > 1 and energy(e) > lowest * (1 + ROUNDING):
         e, refused = best, refused + 1

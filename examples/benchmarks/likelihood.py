@@ -1,0 +1,114 @@
+"""What each way to learn ends with, by a plain forward pass and by the model's own likelihood.
+
+    python examples/benchmarks/likelihood.py --train_file text.txt --relative_std 0.5
+
+Trains a small GPT-2 on the characters of a text by backprop, by rules of `hf_pc.learning` and by the solver langevin,
+all at one relative_std, each with the learning rate that does best on validation text with the first seed. Prints one
+JSON line per method and seed, and one per method: on windows of test text the loss of a forward pass, L(0), and
+-log p(y), the mean over all errors of what the output says (see marginal.py), both in nats per token, and both less
+backprop's with the same seeds, with Student's 95% interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+from typing import Any
+
+import torch
+from characters import characters
+from language import Text, arguments, chosen, drawn, gap, gpt2, loss_of, train, windows
+from marginal import config_of, likelihood
+from options import positive
+from tqdm.auto import tqdm
+from transformers import GPT2LMHeadModel
+
+from hf_pc import PCConfig, PCModel
+
+DEFAULTS = {"steps": 1000, "batch": 8, "layers": 2, "hidden": 16, "heads": 2, "sequence": 8, "sweeps": 8, "seeds": 3,
+            "learning_rates": [3e-3, 6e-3, 1.2e-2], "methods": None}  # fmt: skip
+METHODS = ("plain", "one_sided", "wake_sleep", "langevin")
+MEASURES = ("mean_pass", "marginal")
+
+
+def measured(model: GPT2LMHeadModel, text: Text, args: argparse.Namespace) -> dict[str, float]:
+    """Both losses on windows of the test text, nats per token."""
+    model.zero_grad()
+    model.to(torch.float64).eval()
+    batches = list(windows(text.test, args.sequence, args.batch, args.batches, 99))
+    pc = PCModel(model, PCConfig(sweeps=30, relative_std=args.relative_std))
+    for batch in batches:
+        pc.accumulate_grad(**batch)
+    pc.steer()  # takes up the activity, which relative_std is counted in
+    generator = torch.Generator().manual_seed(0)
+    losses: dict[str, list[float]] = {name: [] for name in MEASURES}
+    for batch in tqdm(batches, desc="likelihood", leave=False):
+        model.zero_grad()
+        losses["mean_pass"].append(pc.backprop_loss(batch).item())
+        losses["marginal"].append(likelihood(model, pc, batch, args.samples, generator)[1])
+    pc.detach()
+    return {name: statistics.fmean(values) for name, values in losses.items()}
+
+
+def run(
+    name: str, config: PCConfig | None, text: Text, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[float, float]]:
+    """A line for each seed, and the validation loss of each learning rate with the first."""
+
+    def trained(seed: int, rate: float) -> tuple[GPT2LMHeadModel, dict[str, Any]]:
+        model = gpt2(args, text.vocabulary, seed, torch.device("cpu"))
+        facts = train(model, config, drawn(text, args, seed), args.steps, rate, f"{name}, seed {seed}, {rate:g}")
+        return model, {n: facts[n] for n in ("relaxed_fraction", "residual", "refused") if n in facts}
+
+    tried = {rate: trained(args.first_seed, rate) for rate in args.learning_rates}
+    losses = {rate: loss_of(model, text.validation, args.sequence) for rate, (model, _) in tried.items()}
+    best = min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+    lines = []
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        model, facts = tried[best] if seed == args.first_seed else trained(seed, best)
+        found = measured(model, text, args)
+        lines.append({"method": name, "seed": seed, "learning_rate": best, **found, **facts})
+        print(json.dumps(lines[-1]), flush=True)
+    return lines, losses
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = arguments(__doc__, **DEFAULTS)
+    parser.add_argument("--relative_std", type=float, default=0.5)
+    parser.add_argument("--batches", type=positive, default=16)
+    parser.add_argument("--samples", type=positive, default=2048, help="of the errors, for each sequence")
+    parser.add_argument("--langevin_sweeps", type=positive, default=4)
+    args = parser.parse_args(argv)
+    configs = {name: config_of(name, args.relative_std, args) for name in METHODS}
+    methods = chosen({"backprop": None, **configs}, args.methods)
+    text = characters(args)
+    names = ("relative_std", "steps", "batch", "layers", "hidden", "heads", "sequence", "batches", "samples")
+    common = {name: getattr(args, name) for name in names}
+    common["machine"] = f"{platform.machine()} cpu, torch {torch.__version__}"
+    backprop: list[dict[str, Any]] = []
+    lines = []
+    for name, config in methods.items():
+        seeds, losses = run(name, config, text, args)
+        backprop = seeds if config is None else backprop
+        line: dict[str, Any] = {"method": name, "learning_rate": seeds[0]["learning_rate"]}
+        for measure in MEASURES:
+            mine, its = ([seed[measure] for seed in found] for found in (seeds, backprop))
+            line[measure] = statistics.fmean(mine)
+            line[f"{measure}_spread"] = statistics.stdev(mine) if args.seeds > 1 else None
+            line[f"{measure}_over_backprop"] = gap([*map(math.exp, mine)], [*map(math.exp, its)]) if its else None
+        for fact in seeds[0].keys() & {"relaxed_fraction", "residual", "refused"}:
+            line[fact] = statistics.fmean(seed[fact] for seed in seeds)
+        lines.append(line | {"validation_loss_by_rate": {f"{r:g}": round(v, 4) for r, v in losses.items()}} | common)
+        print(json.dumps(lines[-1]), flush=True)
+    return lines
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,123 @@
+"""The solver that draws errors: their distribution, what is learned from it, and where its noise comes from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from oracles.linear import LinearChain
+from test_invariants import batch, gradients, make, worst
+
+from hf_pc import NodeSpec, PCConfig, PCModel
+
+WIDTH, COPIES = 3, 100000
+PRECISION, FACTOR = (2.0, 5.0), (1.0, 0.6)
+X, Y = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64).unbind()
+MANY = {"inputs": X.expand(COPIES, -1), "labels": Y.expand(COPIES, -1)}
+
+
+def attach(model: LinearChain, factors: tuple[float, ...] = (1.0, 1.0), **settings: object) -> PCModel:
+    nodes = [NodeSpec(f"blocks.{i}", precision=p, step_factor=factors[i]) for i, p in enumerate(PRECISION)]
+    return PCModel(model, PCConfig(nodes=nodes, output="gaussian", solver="langevin", precision=1.0, **settings))  # type: ignore[arg-type]
+
+
+def moments(model: LinearChain, sweeps: int, rate: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of the errors of all nodes in a row, after so many sweeps, the last of which moves none."""
+    head, first = model.head.weight.detach().numpy(), model.matrices()
+    jacobian = np.hstack([head @ first[1], head])
+    r = Y.numpy() - head @ first[1] @ first[0] @ X.numpy()
+    p, k = np.repeat(PRECISION, WIDTH), rate * np.repeat(FACTOR, WIDTH)
+    # e' = e - k (e + (J' J e - J' r) / p) + sqrt(k (2 - k) / p) n
+    forward = np.eye(2 * WIDTH) - (k * (np.eye(2 * WIDTH) + jacobian.T @ jacobian / p[:, None]).T).T
+    mean, covariance = np.zeros(2 * WIDTH), np.zeros((2 * WIDTH, 2 * WIDTH))
+    for _ in range(sweeps - 1):
+        mean = forward @ mean + k * (jacobian.T @ r) / p
+        covariance = forward @ covariance @ forward.T + np.diag(k * (2 - k) / p)
+    return mean, covariance
+
+
+@pytest.mark.parametrize(("sweeps", "rate"), [(1, 0.5), (2, 0.5), (2, 1.0), (3, 1.4), (12, 0.3)])
+def test_errors_have_the_moments_of_the_chain(sweeps: int, rate: float) -> None:
+    """Mean and covariance are those of the linear recursion, to five standard errors of 100,000 draws."""
+    torch.manual_seed(0)
+    model = LinearChain(layers=2, width=WIDTH)
+    errors = torch.cat(
+        [*attach(model, FACTOR, sweeps=sweeps, step_size=rate).relax(**MANY).errors.values()], 1
+    ).numpy()
+    mean, covariance = moments(model, sweeps, rate)
+    spread = np.sqrt(np.diag(covariance))
+    assert (np.abs(errors.mean(0) - mean) <= 5 * spread / COPIES**0.5).all()
+    allowed = 5 * np.sqrt((np.outer(spread, spread) ** 2 + covariance**2) / COPIES)
+    assert (np.abs(np.cov(errors.T) - covariance) <= allowed + 1e-12).all()
+
+
+def test_what_is_learned_is_the_likelihoods_gradient() -> None:
+    """On average the gradient is that of -log p(y), a Gaussian whose covariance the errors widen; not backprop's."""
+    torch.manual_seed(0)
+    model = LinearChain(layers=2, width=WIDTH)
+    way = model.head.weight @ model.layers[1].weight
+    covariance = torch.eye(WIDTH) + way @ way.T / PRECISION[0] + model.head.weight @ model.head.weight.T / PRECISION[1]
+    mean = way @ model.layers[0].weight @ X
+    likelihood = torch.distributions.MultivariateNormal(mean, covariance).log_prob(Y)
+    (-likelihood / WIDTH).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    pc = attach(model, sweeps=25, step_size=0.2)
+    pc.accumulate_grad(**MANY)
+    found = gradients(model)
+    model.zero_grad()
+    pc.backprop_loss(MANY).backward()  # type: ignore[no-untyped-call]
+    assert worst(found, expected) < 0.02
+    assert worst(gradients(model), expected) > 0.2
+
+
+def test_one_sweep_is_backprop() -> None:
+    """With no sweep to move in, nothing is drawn."""
+    model = make("gpt2")
+    PCModel(model, PCConfig(solver="langevin", relative_std=0.5, sweeps=1)).accumulate_grad(**batch())
+    found = gradients(model)
+    model.zero_grad()
+    model(**batch()).loss.backward()
+    assert worst(found, gradients(model)) < 1e-5
+
+
+def drawn(seed: int = 0, steps: int = 1, **settings: object) -> dict[str, torch.Tensor]:
+    """The errors of the last of several steps on a batch with dropout."""
+    pc = PCModel(make("gpt2", dropout=0.1), PCConfig(solver="langevin", relative_std=0.5, **settings))  # type: ignore[arg-type]
+    torch.manual_seed(seed)
+    for _ in range(steps):
+        found = pc.relax(**batch())
+    return found.errors
+
+
+def test_noise_is_new_in_each_sweep_and_each_step() -> None:
+    """Masks are the same in all sweeps of a step; the noise is not, though one seed gives both."""
+    once, again, later, other = drawn(), drawn(), drawn(steps=2), drawn(seed=1)
+    longer, short = drawn(sweeps=9, step_size=0.01), drawn(sweeps=2, step_size=0.01)
+    for name, error in once.items():
+        assert torch.equal(error, again[name])
+        assert not torch.allclose(error, later[name])
+        assert not torch.allclose(error, other[name])
+        # eight moves of the same noise would go eight times as far as one, of new noise the root of it
+        assert 2.5 < float(longer[name].norm() / short[name].norm()) < 3.2
+
+
+def test_padding_is_not_drawn() -> None:
+    """Where the mask is 0 no state moves."""
+    mask = batch()["attention_mask"].bool()
+    for error in drawn(sweeps=4).values():
+        assert not error[~mask].any()
+        assert error[mask].all()
+
+
+def test_checkpointing_changes_nothing() -> None:
+    """Blocks that run again in the backward pass see the errors that were drawn."""
+    found = []
+    for checkpointing in (False, True):
+        model = make("gpt2")
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(0)
+        PCModel(model, PCConfig(solver="langevin", relative_std=0.5, sweeps=4)).accumulate_grad(**batch())
+        found.append(gradients(model))
+    assert worst(*found) < 1e-5
