@@ -58,9 +58,14 @@ def _relaxed_by_share(line: Line) -> str:
     return format(sum(s * r for s, r in zip(sizes, relaxed, strict=True)) / sum(sizes), ".2f")
 
 
-def _gap(line: Line) -> str:
-    gap = line["over_backprop"]
-    return "" if gap is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(gap["nats"], *gap["interval"])
+def _gap_of(name: str) -> Column:
+    """Nats per token over backprop, and the interval."""
+
+    def column(line: Line) -> str:
+        gap = line[name]
+        return "" if gap is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(gap["nats"], *gap["interval"])
+
+    return column
 
 
 RELAXED = {"relaxed_fraction": of_pc("relaxed_fraction", ".3f"), "residual": of_pc("residual", ".3f")}
@@ -119,10 +124,19 @@ TABLES: dict[str, dict[str, Column]] = {
         "noise": field("noise", ".2f"),
         **RELAXED,
     },
+    "likelihood": {
+        "method": lambda line: f"`{line['method']}`",
+        "rate": field("learning_rate", "g"),
+        "forward pass": spread("mean_pass", ".3f"),
+        "less backprop's": _gap_of("mean_pass_over_backprop"),
+        "own likelihood": spread("marginal", ".3f"),
+        "less backprop's ": _gap_of("marginal_over_backprop"),
+        **RELAXED,
+    },
     "solvers": {
         "method": lambda line: f"`{line['method']}`",
         "test perplexity": lambda line: f"{line['mean']:.2f} ± {line['spread']:.2f}",
-        "gap to backprop": _gap,
+        "gap to backprop": _gap_of("over_backprop"),
         **REGIME,
         "refused": of_pc("refused", ".1%"),
         "step over backprop's": field("step_time_ratio", ".1f"),

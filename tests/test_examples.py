@@ -24,6 +24,7 @@ import few_samples  # noqa: E402
 import finetune  # noqa: E402
 import gradient_bias  # noqa: E402
 import label_noise  # noqa: E402
+import likelihood  # noqa: E402
 import marginal  # noqa: E402
 import online  # noqa: E402
 import paper_transformer  # noqa: E402
@@ -152,15 +153,20 @@ def test_equilibrium(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     text.write_text("\n".join(f"line {i}: the square of {i} is {i * i}." for i in range(100)) + "\n" + "zebra! " * 60)
     size = ["--hidden", "16", "--layers", "2", "--heads", "2", "--sequence", "16", "--batch", "4", "--steps", "3"]
     size += ["--output_dir", str(tmp_path / "out")]
-    found = equilibrium.main(
-        ["--train_file", str(text), *size, "--seeds", "1", "--learning_rates", "1e-3", "--relaxed_fractions", "0.1"]
-    )
+    size += ["--seeds", "1", "--learning_rates", "1e-3", "--relaxed_fractions", "0.1"]
+    given = ["--train_file", str(text), *size]
+    found = equilibrium.main(given)
     assert len(capsys.readouterr().out.splitlines()) == 2 * 11
     assert [line["method"] for line in found] == [
         "backprop", "plain_0.1", "centred_0.1", "extrapolated_0.1", "mirrored_0.1", "balanced_0.1",
         "one_sided_0.1", "wake_sleep_0.1", "state_0.1", "lagrangian_0.1", "incremental_0.1",
     ]  # fmt: skip
     assert all(line["step_time_ratio"] > 1 and line["residual"] > 0 for line in found[1:])
+    assert found[2]["settings"] == {"learning": "centred", "relaxed_fraction": 0.1}
+    one_sided = ["--methods", "one_sided_0.1", "--strengths", "1", "0.25", "--anderson_depth", "3"]
+    (one,) = equilibrium.main([*given, *one_sided])
+    assert one["settings"]["strengths"] == [1.0, 0.25]
+    assert one["settings"]["anderson_depth"] == 3
     with pytest.raises(ValueError, match="there is no such file"):
         equilibrium.main(["--train_file", str(tmp_path / "none.txt")])
 
@@ -374,8 +380,27 @@ def test_marginal(tmp_path: Path) -> None:
     assert set(lines[0]["losses"]) == {"mean_pass", "marginal", "free_energy"}
     assert lines[0]["losses"]["free_energy"] < lines[0]["losses"]["mean_pass"]
     found = {line["gradient"]: line for line in lines}
-    assert list(found) == ["backprop", "marginal", "plain", "centred", "one_sided", "wake_sleep"]
+    assert list(found) == ["backprop", "marginal", "plain", "centred", "one_sided", "wake_sleep", "langevin"]
     assert found["backprop"]["norm"] == pytest.approx(1)
     assert found["plain"]["relaxed_fraction"] == pytest.approx(0.1, rel=0.2)
     assert found["marginal"]["to_marginal"] == 0 < found["marginal"]["to_backprop"]
     assert found["one_sided"]["to_backprop"] < 0.01 < found["plain"]["to_backprop"]
+
+
+def test_likelihood(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For each method a line per seed and their means: both losses, and both over backprop's with the same seeds."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {i}: the square of {i} is {i * i}." for i in range(200)) + "\n")
+    size = ["--steps", "5", "--batch", "2", "--batches", "2", "--samples", "32", "--sweeps", "3", "--seeds", "2"]
+    found = likelihood.main(["--train_file", str(text), *size, "--learning_rates", "1e-3", "--relative_std", "0.3"])
+    seeds = [line for line in map(json.loads, capsys.readouterr().out.splitlines()) if "seed" in line]
+    assert [line["method"] for line in found] == ["backprop", "plain", "one_sided", "wake_sleep", "langevin"]
+    assert len(seeds) == 2 * len(found)
+    for line, pair in zip(found, zip(seeds[::2], seeds[1::2], strict=True), strict=True):
+        for measure in ("mean_pass", "marginal"):
+            assert line[measure] == pytest.approx(sum(seed[measure] for seed in pair) / 2)
+            gaps = [mine[measure] - its[measure] for mine, its in zip(pair, seeds[:2], strict=True)]
+            over = line[f"{measure}_over_backprop"]
+            assert over is None if line is found[0] else over["nats"] == pytest.approx(sum(gaps) / 2)
+    with pytest.raises(ValueError, match=r"relative_std=0\.0 is not allowed"):
+        likelihood.main(["--train_file", str(tmp_path / "none.txt"), "--relative_std", "0"])

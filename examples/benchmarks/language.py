@@ -187,6 +187,12 @@ def step_ratio(model: GPT2LMHeadModel, config: PCConfig, text: Text, args: argpa
     return statistics.median(ratios[2:])
 
 
+def changed(config: PCConfig) -> dict[str, Any]:
+    """The fields that are not the default's."""
+    default = PCConfig().to_dict()
+    return {name: value for name, value in config.to_dict().items() if value != default[name]}
+
+
 def _mean(regimes: list[dict[str, Any]]) -> dict[str, Any]:
     """The regime over all seeds; nothing of backprop."""
     means = {
@@ -268,7 +274,7 @@ def compare(
             "over_backprop": gap(perplexities, baseline) if baseline else None,
             "spread": statistics.stdev(perplexities) if args.seeds > 1 else None, **_mean(regimes),
             "validation_loss_by_rate": {f"{r:g}": round(tried[r][0], 4) for r in tried},
-            **({"strengths": config.strengths} if config and config.strengths else {}),
+            **({"settings": changed(config)} if config else {}),
             "step_time_ratio": step_ratio(model, config, text, args, pairs) if config else 1.0, **setting,
         })  # fmt: skip
         print(json.dumps(lines[-1]), flush=True)

@@ -42,9 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--random_weights", action="store_true", help="start from the configuration alone")
     coding = parser.add_argument_group("predictive coding")
     coding.add_argument("--sweeps", type=int, default=3, help="passes per relaxation (3)")
-    coding.add_argument("--relaxed_fraction", type=float, default=0.03, help="strength of relaxation (0.03)")
+    strength = coding.add_mutually_exclusive_group()
+    strength.add_argument("--relaxed_fraction", type=float, help="strength of relaxation (0.03)")
+    strength.add_argument("--relative_std", type=float, help="the same, held where it is; what langevin needs")
     coding.add_argument("--learning", default="plain", choices=list(RULES), help="what the weights learn from")
     coding.add_argument("--strengths", type=float, nargs="+", help="of one_sided, from 1 down (1 0.5 0.25 0.125)")
+    coding.add_argument("--anderson_depth", type=int, default=1, help="moves that the acceleration remembers (1)")
     coding.add_argument("--solver", default="error", choices=SOLVERS.names(), help="how the errors relax")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/compare"), help="where everything goes")
     parser.add_argument("--overwrite", action="store_true", help="write into an output_dir that holds something")
@@ -54,7 +57,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of both sides, and where the picture and the checkpoint of PC are."""
     _check(args)
     config = PCConfig(nodes=args.nodes, sweeps=args.sweeps, relaxed_fraction=args.relaxed_fraction,
-                      learning=args.learning, strengths=args.strengths, solver=args.solver)  # fmt: skip
+                      relative_std=args.relative_std, learning=args.learning, strengths=args.strengths,
+                      anderson_depth=args.anderson_depth, solver=args.solver)  # fmt: skip
     torch.manual_seed(args.seed)
     tokenizer = _tokenizer(args)
     scratch = args.random_weights or _has_no_weights(Path(args.model))
