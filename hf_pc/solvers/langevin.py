@@ -1,10 +1,13 @@
 """The `langevin` solver: errors drawn from their posterior, Monte Carlo PC.
 
-Oliviers, Bogacz and Meulemans 2024, doi 10.1371/journal.pcbi.1012532. F is -log p(errors, labels), so that noise on top
-of the descent makes the errors wander as their posterior has it, and what the weights learn from them is on average the
-gradient of -log p(labels), the model's own likelihood. A move is e' = e - k (dF/de) / p + sqrt(k (2 - k) / p) n with n
-of unit variance: the step of Crank and Nicolson (Cotter et al. 2013), which leaves the prior of the errors as it is at
-any rate k, so that only the output's part of F is made discrete. The learning pass takes the mean of a full move, k = 1.
+Oliviers, Bogacz and Meulemans 2024, doi 10.1371/journal.pcbi.1012532. F is -log p(errors, labels), so that noise on
+top of the descent makes the errors wander as their posterior has it, and what the weights learn from them is on
+average the gradient of -log p(labels), the model's own likelihood. A move is
+
+    e' = e - k (dF/de) / p + sqrt(k (2 - k) / p) n, n of unit variance,
+
+the step of Crank and Nicolson (Cotter et al. 2013), which leaves the prior of the errors as it is at any rate k, so
+that only the output's part of F is made discrete. The learning pass takes the mean of a full move, k = 1.
 """
 
 from __future__ import annotations
