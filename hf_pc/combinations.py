@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 from hf_pc.checks import SMALLEST, check_string, check_whole
 from hf_pc.learning import RULES, taken_to_zero
-from hf_pc.solvers.base import Solver
+from hf_pc.solvers.base import SOLVERS, Solver
 from hf_pc.solvers.optimizers import parse_optimizer
 
 if TYPE_CHECKING:
     from hf_pc.config import PCConfig
 
 WEIGHT_UPDATES = ("final", "every_sweep")
-DROPOUT_POLICIES = ("replay", "off")
 RELAXATION_DTYPES = ("bfloat16", "float16")
 #: the most moves that acceleration may remember
 DEEPEST = 10
@@ -25,25 +24,23 @@ MOST_STRENGTHS, LARGEST_SHARES, SMALLEST_SHARE = 8, 100.0, 1e-4
 
 def check(config: PCConfig, solver: type[Solver]) -> None:
     """Raise ValueError unless the solver can follow the configuration, whose single values are right."""
-    check_learning(config, solver)
-    check_strengths(config)
-    check_depth(config, solver)
-    check_energies(config)
-    check_precision(config, solver)
-    check_updates(config, solver)
-    if config.dropout not in DROPOUT_POLICIES:
-        raise ValueError(f"PCConfig.dropout={config.dropout!r} is unknown; allowed: {DROPOUT_POLICIES}")
+    _check_learning(config, solver)
+    _check_strengths(config)
+    _check_depth(config, solver)
+    _check_energies(config)
+    _check_precision(config, solver)
+    _check_updates(config, solver)
     solver.check(config)
 
 
-def check_learning(config: PCConfig, solver: type[Solver]) -> None:
+def _check_learning(config: PCConfig, solver: type[Solver]) -> None:
     """`learning`, and what its phases need."""
     learning = config.learning
     check_string("PCConfig", "learning", learning)
     if learning not in RULES:
         raise ValueError(f"PCConfig.learning={learning!r} is unknown; allowed: {', '.join(map(repr, RULES))}")
     if learning != "plain" and not solver.takes_phases:
-        raise ValueError(f"PCConfig.learning={learning!r} needs solver='error', not {config.solver!r}")
+        raise ValueError(f"PCConfig.learning={learning!r} needs {_with('takes_phases')}, not {config.solver!r}")
     if learning != "plain" and config.step_size != "auto":
         raise ValueError(
             f"PCConfig.learning={learning!r} needs step_size='auto', not {config.step_size!r}: phases relaxed by "
@@ -51,7 +48,7 @@ def check_learning(config: PCConfig, solver: type[Solver]) -> None:
         )
 
 
-def check_strengths(config: PCConfig) -> None:
+def _check_strengths(config: PCConfig) -> None:
     """`strengths`: that extrapolation from them is well-conditioned."""
     strengths = config.strengths
     if strengths is None:
@@ -79,18 +76,18 @@ def check_strengths(config: PCConfig) -> None:
         )
 
 
-def check_depth(config: PCConfig, solver: type[Solver]) -> None:
-    """`anderson_depth`, which only moves that are judged follow."""
+def _check_depth(config: PCConfig, solver: type[Solver]) -> None:
+    """`anderson_depth`."""
     depth = config.anderson_depth
     check_whole("PCConfig", "anderson_depth", depth, least=0, most=DEEPEST)
-    if depth != 1 and not (solver.accelerates and config.step_size == "auto"):
+    if depth > 1 and not (solver.accelerates and config.step_size == "auto"):
         raise ValueError(
-            f"PCConfig.anderson_depth={depth!r} needs solver='error' or 'state' and step_size='auto', not "
-            f"{config.solver!r} and {config.step_size!r}: other moves are not accelerated"
+            f"PCConfig.anderson_depth={depth!r} needs {_with('accelerates')} and step_size='auto', not "
+            f"{config.solver!r} and {config.step_size!r}: other moves are not accelerated further"
         )
 
 
-def check_energies(config: PCConfig) -> None:
+def _check_energies(config: PCConfig) -> None:
     """Energies that learn, and attention inside compiled blocks."""
     if config.attention_energy == "learned_variance":
         raise ValueError(
@@ -109,34 +106,39 @@ def check_energies(config: PCConfig) -> None:
         )
 
 
-def check_precision(config: PCConfig, solver: type[Solver]) -> None:
+def _check_precision(config: PCConfig, solver: type[Solver]) -> None:
     """`relaxation_dtype`, which needs errors that are no differences."""
     dtype = config.relaxation_dtype
     if dtype not in (None, *RELAXATION_DTYPES):
         raise ValueError(f"PCConfig.relaxation_dtype={dtype!r} is unknown; allowed: {RELAXATION_DTYPES}, None")
     if dtype is not None and not solver.stores_errors:
         raise ValueError(
-            f"PCConfig.relaxation_dtype={dtype!r} needs solver='error', not {config.solver!r}: the rounding of a "
-            "prediction would be an error of its state"
+            f"PCConfig.relaxation_dtype={dtype!r} needs {_with('stores_errors')}, not {config.solver!r}: the rounding "
+            "of a prediction would be an error of its state"
         )
 
 
-def check_updates(config: PCConfig, solver: type[Solver]) -> None:
+def _check_updates(config: PCConfig, solver: type[Solver]) -> None:
     """`weight_update` and `state_optimizer`, which only solvers that move states follow."""
     update, optimizer = config.weight_update, config.state_optimizer
     if update not in WEIGHT_UPDATES:
         raise ValueError(f"PCConfig.weight_update={update!r} is unknown; allowed: {WEIGHT_UPDATES}")
     if update == "every_sweep" and not solver.moves_weights:
-        raise ValueError(
-            f"PCConfig.weight_update={update!r} needs solver='state' or 'lagrangian', not {config.solver!r}"
-        )
+        raise ValueError(f"PCConfig.weight_update={update!r} needs {_with('moves_weights')}, not {config.solver!r}")
     if optimizer is None:
         return
     check_string("PCConfig", "state_optimizer", optimizer)
     parse_optimizer(optimizer)
     if not solver.takes_optimizer:
-        raise ValueError(f"PCConfig.state_optimizer={optimizer!r} needs solver='state', not {config.solver!r}")
+        raise ValueError(
+            f"PCConfig.state_optimizer={optimizer!r} needs {_with('takes_optimizer')}, not {config.solver!r}"
+        )
     if config.step_size == "auto":
         raise ValueError(
             f"PCConfig.state_optimizer={optimizer!r} needs a number as step_size, its learning rate; it is 'auto'"
         )
+
+
+def _with(attribute: str) -> str:
+    """The solvers of which this is true, as a choice."""
+    return "solver=" + " or ".join(repr(name) for name in SOLVERS.names() if getattr(SOLVERS[name], attribute))

@@ -14,6 +14,7 @@ from hf_pc.registry import Registry
 
 PC_CONFIG_NAME = "pc_config.json"
 DEFAULT_RELAXED_FRACTION = 0.03
+DROPOUT_POLICIES = ("replay", "off")
 
 
 def _split(text: str) -> list[str]:
@@ -98,9 +99,11 @@ class PCConfig:
         sweeps: passes over the network per relaxation, T >= 1, the learning pass included; a rule of `learning` with
             several phases relaxes several times. T = 1 is backprop for Gaussian nodes of the `error` solver at step 1
             or "auto".
-        step_size: "auto" (each sequence's free energy never rises) or a number in units of 1/precision.
-        anderson_depth: moves that the acceleration of step "auto" remembers, 0 (none) to 10. More than one bring
-            strong relaxation nearer to rest from the fourth sweep on; each more is kept as two copies of the errors.
+        step_size: "auto" (each sequence's free energy never rises; 0.4 of `lagrangian`, 0.5 of `langevin`) or a number
+            in units of 1/precision.
+        anderson_depth: moves that the acceleration of step "auto" remembers, 0 (none) to 10. With five
+            sweeps or more, three or four bring strong relaxation nearer to rest (solver "error"); each beyond the
+            first is kept as two copies of the errors.
         state_optimizer: a class of torch.optim, "Adam" or "SGD(momentum=0.9)", that moves the states of the `state`
             and `lagrangian` solvers; `step_size` is its learning rate. None steps down the gradient.
         weight_update: "final" (weights learn once the states have relaxed) or "every_sweep" (incremental PC, arXiv
@@ -109,7 +112,7 @@ class PCConfig:
             ends once all are. 0 never stops early.
         dropout: "replay" (each sweep of a step sees the same mask) or "off" (no dropout while training by PC).
         relaxation_dtype: "bfloat16" or "float16": sweeps between the first and the last run under `torch.autocast` in
-            it (solver "error", weights in float32; the errors stay in float32). None relaxes as it learns.
+            it (solvers "error" and "langevin", weights in float32; errors stay in float32). None relaxes as it learns.
         compile: `torch.compile` the forward of each node's module; not with attention logits or nodes inside nodes.
 
     Raises:
@@ -165,7 +168,7 @@ class PCConfig:
     compile: bool = field(default=False, metadata={"help": "Compile the forward of each node's module."})
 
     def __post_init__(self) -> None:
-        from hf_pc.combinations import check
+        from hf_pc.combinations import check as check_combinations
         from hf_pc.solvers import SOLVERS
 
         self._normalise_nodes()
@@ -178,7 +181,9 @@ class PCConfig:
             raise ValueError(f"PCConfig.tolerance={self.tolerance!r} is not allowed: 0 <= tolerance < 1 is needed")
         if not isinstance(self.compile, bool):
             raise ValueError(f"PCConfig.compile={self.compile!r} is not allowed: true or false is needed")
-        check(self, SOLVERS[self.solver])
+        if self.dropout not in DROPOUT_POLICIES:
+            raise ValueError(f"PCConfig.dropout={self.dropout!r} is unknown; allowed: {DROPOUT_POLICIES}")
+        check_combinations(self, SOLVERS[self.solver])
         if self.strengths is not None:
             self.strengths = [float(value) for value in self.strengths]
 

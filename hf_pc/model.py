@@ -145,7 +145,8 @@ class PCModel:
         draws = any(phase.own_labels for phase in self.phases) and not self.relaxation.phase.own_labels
         if draws and self.relaxation.at_rest:
             with torch.random.fork_rng():
-                torch.manual_seed(self._draw_seed)
+                assert self.relaxation.seed is not None
+                torch.manual_seed(self.relaxation.seed)
                 self._own_labels = self.output.draw(outputs["logits"].detach(), labels)
         energy = self.output.total(outputs, labels, checked=not self.relaxation.at_rest)
         return outputs, self.relaxation.note_output(energy)
@@ -218,7 +219,7 @@ class PCModel:
             self.relaxation.weights = [p for p in self.model.parameters() if p.requires_grad]
             if first and (self.solver.draws or any(phase.own_labels for phase in self.phases)):
                 # before the generator is noted: what is restored in every pass would give every step the same draw
-                self._draw_seed = self.relaxation.seed = int(torch.randint(2**62, ())) + process_index()
+                self.relaxation.seed = int(torch.randint(2**62, ())) + process_index()
             if first:  # the phases of a step see the same dropout masks
                 self._dropout_state = RandomState(p.device for p in self.model.parameters())
             self._random = self._dropout_state

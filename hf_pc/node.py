@@ -206,13 +206,13 @@ class NodeFunction(torch.autograd.Function):
         # at rest x = mu, where every divergence and both its gradients are zero
         gradient = signal if sweep.at_rest else energy.grad_state(error, mu, site.precision) + signal
         sweep.measure(site, signal, gradient)
-        if sweep.mode == LEARN and not sweep.phase.at_rest:
+        if sweep.mode == LEARN and sweep.steps_last:
             target = error - sweep.step_size * site.step(gradient)
             if sweep.followed:
                 site.last_move = target
             energy.observe(target, site.precision)
             down = energy.grad_prediction(target, mu, site.precision)
-        elif mu is None or sweep.at_rest:  # a phase that learns at rest learns backprop's gradient
+        elif mu is None or sweep.at_rest:  # what learns without a step learns from g: at rest, backprop's gradient
             down = signal
         else:
             down = gradient + energy.grad_prediction(error, mu, site.precision)

@@ -19,6 +19,8 @@ from hf_pc.learning import PLAIN, Phase
 from hf_pc.node import RELAX, Boundary, LossScale, Node, Site, Strength
 
 OUTPUT_LABEL = "output"
+#: between the seeds of two devices: those of processes are one apart, and a CPU's generator knows 32 bits of a seed
+DEVICE_STRIDE = 1_000_003
 #: what every phase adds to; the rest is reported of the first phase alone
 EVERY_PHASE = ("sweeps", "tried", "refused", "residual", "sequences")
 
@@ -85,7 +87,8 @@ class Relaxation:
         self.agree: Callable[[bool], bool] = lambda holds: holds
         self.defers = False  # whether the first node's module is left to learn in a later phase
         self.step_size = 1.0
-        self.seed = 0  # of what solvers draw
+        self.steps_last = not phase.at_rest  # whether the learning pass takes the last step
+        self.seed: int | None = None  # of what is drawn
         self._generators: dict[torch.device, torch.Generator] = {}
         self.scale: Tensor | float = 1.0
         self.sweeps = 0
@@ -203,9 +206,11 @@ class Relaxation:
         return self.sweeps == 1 and not self.phase.warm
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """What the errors on a device are drawn from: the same in each relaxation of this seed, and in no other."""
+        """What the errors on a device are drawn from: by the seed, and another stream on each device."""
+        assert self.seed is not None
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+            seed = self.seed + DEVICE_STRIDE * len(self._generators)
+            self._generators[device] = torch.Generator(device).manual_seed(seed)
         return self._generators[device]
 
     def _site(self, node: Node, mu: Tensor) -> Site:
@@ -344,7 +349,7 @@ def known_to_hold(flags: Tensor) -> bool:
 
 
 def _residual(gradient: Tensor, signal: Tensor) -> Tensor:
-    return (gradient / signal.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+    return torch.where(signal == 0, 0.0, gradient / signal).sqrt()
 
 
 def add_sums(total: dict[str, Tensor], new: Mapping[str, Tensor]) -> None:

@@ -392,6 +392,7 @@ def test_likelihood(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"line {i}: the square of {i} is {i * i}." for i in range(200)) + "\n")
     size = ["--steps", "5", "--batch", "2", "--batches", "2", "--samples", "32", "--sweeps", "3", "--seeds", "2"]
+    size += ["--backprop_steps", "3"]
     found = likelihood.main(["--train_file", str(text), *size, "--learning_rates", "1e-3", "--relative_std", "0.3"])
     seeds = [line for line in map(json.loads, capsys.readouterr().out.splitlines()) if "seed" in line]
     assert [line["method"] for line in found] == ["backprop", "plain", "one_sided", "wake_sleep", "langevin"]

@@ -121,3 +121,43 @@ def test_checkpointing_changes_nothing() -> None:
         PCModel(model, PCConfig(solver="langevin", relative_std=0.5, sweeps=4)).accumulate_grad(**batch())
         found.append(gradients(model))
     assert worst(*found) < 1e-5
+
+
+@pytest.mark.parametrize("sweeps", [1, 4])
+def test_a_step_factor_is_of_the_moves_alone(sweeps: int) -> None:
+    """Where the prior leaves no room for errors the gradient is backprop's, however small or large the moves are."""
+    model = make("gpt2")
+    model(**batch()).loss.backward()
+    expected = gradients(model)
+    for factor in (0.5, 1.5):
+        model.zero_grad()
+        config = PCConfig(
+            nodes=[NodeSpec(r".*h\.\d", step_factor=factor)], solver="langevin", relative_std=1e-5, sweeps=sweeps
+        )
+        pc = PCModel(model, config)
+        pc.accumulate_grad(**batch())
+        pc.detach()
+        assert worst(gradients(model), expected) < 1e-3
+
+
+def test_a_sequence_without_labels_has_no_residual() -> None:
+    """Its errors are those of the prior; nothing of it enters the mean residual."""
+    given = batch()
+    given["labels"][1] = -100
+    pc = PCModel(make("gpt2"), PCConfig(solver="langevin", relative_std=0.3))
+    assert 0 < pc.relax(**given).residual < 1e3
+    assert 0 < pc.accumulate_grad(**given).residual < 1e3
+
+
+def test_each_device_has_its_own_noise() -> None:
+    """Equal places of two devices get different draws, and another relaxation with the same seed the same."""
+    pc = PCModel(make("gpt2"), PCConfig(solver="langevin", relative_std=0.3))
+    with pc.relaxed(batch()) as relaxation:
+        seed = relaxation.seed
+        relaxation._generators.clear()
+        first, second = (
+            torch.rand(8, generator=relaxation.generator(torch.device(name))) for name in ("cpu", "cpu:0")
+        )
+    assert seed is not None
+    assert torch.equal(first, torch.rand(8, generator=torch.Generator().manual_seed(seed)))
+    assert not torch.allclose(first, second)

@@ -210,10 +210,10 @@ def chosen(methods: dict[str, PCConfig | None], names: list[str] | None) -> dict
     return {name: config for name, config in methods.items() if name in (names or methods)}
 
 
-def gap(perplexities: list[float], backprop: list[float]) -> dict[str, Any] | None:
+def gap(losses: list[float], backprop: list[float]) -> dict[str, Any] | None:
     """Nats per token over backprop with the same seeds: the mean, and Student's 95% interval of it."""
-    gaps = [math.log(mine / its) for mine, its in zip(perplexities, backprop, strict=True)]
-    if len(gaps) < 2 or perplexities == backprop:
+    gaps = [mine - its for mine, its in zip(losses, backprop, strict=True)]
+    if len(gaps) < 2 or losses == backprop:
         return None
     half = stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
     middle = statistics.fmean(gaps)
@@ -271,7 +271,7 @@ def compare(
         baseline = perplexities if config is None else baseline
         lines.append({
             "method": name, "mean": statistics.fmean(perplexities),
-            "over_backprop": gap(perplexities, baseline) if baseline else None,
+            "over_backprop": gap([*map(math.log, perplexities)], [*map(math.log, baseline)]) if baseline else None,
             "spread": statistics.stdev(perplexities) if args.seeds > 1 else None, **_mean(regimes),
             "validation_loss_by_rate": {f"{r:g}": round(tried[r][0], 4) for r in tried},
             **({"settings": changed(config)} if config else {}),

@@ -1,12 +1,13 @@
-"""What each way to learn ends with, by a plain forward pass and by the model's own likelihood.
+"""What each way to learn makes of a model, by a plain forward pass and by the model's own likelihood.
 
-    python examples/benchmarks/likelihood.py --train_file text.txt --relative_std 0.5
+    python examples/benchmarks/likelihood.py --train_file text.txt --precision 1.5
 
-Trains a small GPT-2 on the characters of a text by backprop, by rules of `hf_pc.learning` and by the solver langevin,
-all at one relative_std, each with the learning rate that does best on validation text with the first seed. Prints one
-JSON line per method and seed, and one per method: on windows of test text the loss of a forward pass, L(0), and
--log p(y), the mean over all errors of what the output says (see marginal.py), both in nats per token, and both less
-backprop's with the same seeds, with Student's 95% interval.
+A small GPT-2 that backprop has trained on the characters of a text learns on: by backprop, by rules of
+`hf_pc.learning` and by the solver langevin, all at one precision or one relative_std, each with the learning rate that
+does best on validation text with the first seed. Prints one JSON line per method and seed, and one per method: on
+windows of test text the loss of a forward pass, L(0), and -log p(y), the mean over all errors of what the output says
+(see marginal.py), both in nats per token, and both less backprop's with the same seeds, with Student's 95% interval.
+`--backprop_steps 0` begins from random weights.
 """
 
 from __future__ import annotations
@@ -23,16 +24,22 @@ import torch
 from characters import characters
 from language import Text, arguments, chosen, drawn, gap, gpt2, loss_of, train, windows
 from marginal import config_of, likelihood
-from options import positive
+from options import natural, positive
 from tqdm.auto import tqdm
 from transformers import GPT2LMHeadModel
 
 from hf_pc import PCConfig, PCModel
 
-DEFAULTS = {"steps": 1000, "batch": 8, "layers": 2, "hidden": 16, "heads": 2, "sequence": 8, "sweeps": 8, "seeds": 3,
-            "learning_rates": [3e-3, 6e-3, 1.2e-2], "methods": None}  # fmt: skip
+BACKPROP_RATE = 6e-3
+DEFAULTS = {"steps": 500, "batch": 8, "layers": 2, "hidden": 16, "heads": 2, "sequence": 8, "sweeps": 8, "seeds": 3,
+            "learning_rates": [3e-3, 6e-3], "methods": None}  # fmt: skip
 METHODS = ("plain", "one_sided", "wake_sleep", "langevin")
 MEASURES = ("mean_pass", "marginal")
+FACTS = ("relaxed_fraction", "residual", "refused")
+
+
+def strength(args: argparse.Namespace) -> dict[str, float]:
+    return {"precision": args.precision} if args.relative_std is None else {"relative_std": args.relative_std}
 
 
 def measured(model: GPT2LMHeadModel, text: Text, args: argparse.Namespace) -> dict[str, float]:
@@ -40,7 +47,7 @@ def measured(model: GPT2LMHeadModel, text: Text, args: argparse.Namespace) -> di
     model.zero_grad()
     model.to(torch.float64).eval()
     batches = list(windows(text.test, args.sequence, args.batch, args.batches, 99))
-    pc = PCModel(model, PCConfig(sweeps=30, relative_std=args.relative_std))
+    pc = PCModel(model, PCConfig(sweeps=30, **strength(args)))  # type: ignore[arg-type]
     for batch in batches:
         pc.accumulate_grad(**batch)
     pc.steer()  # takes up the activity, which relative_std is counted in
@@ -61,8 +68,11 @@ def run(
 
     def trained(seed: int, rate: float) -> tuple[GPT2LMHeadModel, dict[str, Any]]:
         model = gpt2(args, text.vocabulary, seed, torch.device("cpu"))
+        if before := args.backprop_steps:
+            given = windows(text.train, args.sequence, args.batch, before, seed + 1000)
+            train(model, None, given, before, BACKPROP_RATE, f"backprop first, seed {seed}")
         facts = train(model, config, drawn(text, args, seed), args.steps, rate, f"{name}, seed {seed}, {rate:g}")
-        return model, {n: facts[n] for n in ("relaxed_fraction", "residual", "refused") if n in facts}
+        return model, {name: facts[name] for name in FACTS if name in facts}
 
     tried = {rate: trained(args.first_seed, rate) for rate in args.learning_rates}
     losses = {rate: loss_of(model, text.validation, args.sequence) for rate, (model, _) in tried.items()}
@@ -78,16 +88,18 @@ def run(
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = arguments(__doc__, **DEFAULTS)
-    parser.add_argument("--relative_std", type=float, default=0.5)
+    parser.add_argument("--precision", type=float, default=1.5, help="1/sigma^2 of the errors")
+    parser.add_argument("--relative_std", type=float, help="instead: sigma as a multiple of each node's activity")
+    parser.add_argument("--backprop_steps", type=natural, default=1000, help=f"before, at {BACKPROP_RATE:g}")
     parser.add_argument("--batches", type=positive, default=16)
     parser.add_argument("--samples", type=positive, default=2048, help="of the errors, for each sequence")
     parser.add_argument("--langevin_sweeps", type=positive, default=4)
     args = parser.parse_args(argv)
-    configs = {name: config_of(name, args.relative_std, args) for name in METHODS}
+    configs = {name: config_of(name, strength(args), args) for name in METHODS}
     methods = chosen({"backprop": None, **configs}, args.methods)
     text = characters(args)
-    names = ("relative_std", "steps", "batch", "layers", "hidden", "heads", "sequence", "batches", "samples")
-    common = {name: getattr(args, name) for name in names}
+    names = ("backprop_steps", "steps", "batch", "layers", "hidden", "heads", "sequence", "batches", "samples")
+    common: dict[str, Any] = strength(args) | {name: getattr(args, name) for name in names}
     common["machine"] = f"{platform.machine()} cpu, torch {torch.__version__}"
     backprop: list[dict[str, Any]] = []
     lines = []
@@ -99,8 +111,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             mine, its = ([seed[measure] for seed in found] for found in (seeds, backprop))
             line[measure] = statistics.fmean(mine)
             line[f"{measure}_spread"] = statistics.stdev(mine) if args.seeds > 1 else None
-            line[f"{measure}_over_backprop"] = gap([*map(math.exp, mine)], [*map(math.exp, its)]) if its else None
-        for fact in seeds[0].keys() & {"relaxed_fraction", "residual", "refused"}:
+            line[f"{measure}_over_backprop"] = gap(mine, its) if its else None
+        for fact in FACTS if config else ():
             line[fact] = statistics.fmean(seed[fact] for seed in seeds)
         lines.append(line | {"validation_loss_by_rate": {f"{r:g}": round(v, 4) for r, v in losses.items()}} | common)
         print(json.dumps(lines[-1]), flush=True)

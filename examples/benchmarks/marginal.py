@@ -83,14 +83,17 @@ def likelihood(
     return gradient_of(model), marginal / labels.numel(), found.free_energy
 
 
-def config_of(method: str, relative_std: float, args: argparse.Namespace) -> PCConfig:
+def config_of(method: str, strength: dict[str, float], args: argparse.Namespace) -> PCConfig:
+    """The configuration of a method at a `precision` or a `relative_std`."""
     if method == "langevin":
-        return PCConfig(solver="langevin", sweeps=args.langevin_sweeps, relative_std=relative_std)
-    return PCConfig(learning=method, sweeps=args.sweeps, relative_std=relative_std)  # type: ignore[arg-type]
+        return PCConfig(solver="langevin", sweeps=args.langevin_sweeps, **strength)  # type: ignore[arg-type]
+    return PCConfig(learning=method, sweeps=args.sweeps, **strength)  # type: ignore[arg-type]
 
 
 def precisions(pc: PCModel) -> list[Tensor]:
-    """1 / sigma^2 of each node, as its activity in the batches that the model was steered on makes it."""
+    """1 / sigma^2 of each node: given, or as its activity in the batches that the model was steered on makes it."""
+    if pc.config.precision is not None:
+        return [torch.tensor(pc.config.precision, dtype=torch.float64) for _ in pc.nodes]
     activity = pc.steering.activity
     return [torch.tensor((pc.relative_std * activity[node.name]) ** -2, dtype=torch.float64) for node in pc.nodes]
 
@@ -137,7 +140,7 @@ def measure(
     regimes: dict[str, dict[str, float]] = {}
     for method in args.methods:
         torch.manual_seed(0)  # of what is drawn
-        pc = PCModel(model, config_of(method, steered.relative_std, args))
+        pc = PCModel(model, config_of(method, {"relative_std": steered.relative_std}, args))
         pc.load_state_dict(steered.state_dict())
         draws = args.draws if method in DRAWN else 1
         repeated = [batch for batch in batches for _ in range(draws)]
@@ -162,7 +165,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         choices=[*RULES, "langevin"],
         default=["plain", "centred", "one_sided", "wake_sleep", "langevin"],
     )
-    parser.add_argument("--langevin_sweeps", type=positive, default=8)
+    parser.add_argument("--langevin_sweeps", type=positive, default=4)
     parser.add_argument("--batches", type=positive, default=8)
     parser.add_argument("--samples", type=positive, default=2048, help="of the errors, twice, for each sequence")
     parser.add_argument("--draws", type=positive, default=16, help="of labels for wake_sleep, of errors for langevin")

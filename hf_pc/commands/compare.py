@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     coding.add_argument("--sweeps", type=int, default=3, help="passes per relaxation (3)")
     strength = coding.add_mutually_exclusive_group()
     strength.add_argument("--relaxed_fraction", type=float, help="strength of relaxation (0.03)")
-    strength.add_argument("--relative_std", type=float, help="the same, held where it is; what langevin needs")
+    strength.add_argument(
+        "--relative_std", type=float, help="the same as a multiple of each node's activity; langevin needs it"
+    )
     coding.add_argument("--learning", default="plain", choices=list(RULES), help="what the weights learn from")
     coding.add_argument("--strengths", type=float, nargs="+", help="of one_sided, from 1 down (1 0.5 0.25 0.125)")
     coding.add_argument("--anderson_depth", type=int, default=1, help="moves that the acceleration remembers (1)")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_pc.relaxation import Relaxation
 
-#: what cosines between turns are short of: where two are parallel, only their sum is known
+#: cosines between turns are made smaller by this: where two turns are parallel the equations stay solvable
 RIDGE = 1e-7
 
 
@@ -29,9 +29,9 @@ class Acceleration:
 
     def __init__(self, relaxation: Relaxation, depth: int) -> None:
         self.relaxation = relaxation
-        #: of the moves before the last, the latest first: what each turned the direction by, and dx + df
-        self.turns: deque[list[Tensor]] = deque(maxlen=depth - 1)
-        self.returns: deque[list[Tensor]] = deque(maxlen=depth - 1)
+        #: of the moves before the last, the latest first: df and dx + df at each site
+        self.turned: deque[list[Tensor]] = deque(maxlen=depth - 1)
+        self.back: deque[list[Tensor]] = deque(maxlen=depth - 1)
 
     def steps(
         self, old: tuple[list[Tensor], list[Tensor]], new: tuple[list[Tensor], list[Tensor]], plain: Tensor
@@ -39,39 +39,34 @@ class Acceleration:
         """The step that each site is to make, in place of its direction.
 
         Args:
-            old: leaves and directions of the sites before the last move; empties both.
+            old: leaves and directions of the sites before the last move. Both lists are taken over: they become what
+                is remembered of it, one site after another, so that no more than one site is held twice.
             new: those after it. Where they are the same, the last move counts for nothing.
             plain: sequences that step along their direction, [batch].
         """
-        (old_leaves, old_directions), (leaves, directions) = old, new
-        shares = torch.where(plain, 0.0, self._shares(old_directions, directions))
-        turns: list[Tensor] = []
-        returns: list[Tensor] = []
-        steps: list[Tensor] = []
+        (back, turned), (leaves, directions) = old, new
+        for i, (leaf, direction) in enumerate(zip(leaves, directions, strict=True)):
+            turned[i] = direction - turned[i]
+            back[i] = (leaf - back[i]).add_(turned[i])
+        shares = torch.where(plain, 0.0, self._shares([turned, *self.turned], directions, plain.device))
+        steps = list(directions)
         for i, site in enumerate(self.relaxation.sites):
-            turn = directions[i] - old_directions.pop(0)
-            back = (leaves[i] - old_leaves.pop(0)).add_(turn)
-            step = directions[i]
-            for share, way in zip(shares, (back, *(earlier[i] for earlier in self.returns)), strict=True):
-                step = torch.addcmul(step, site.column(share), way, value=-1)
-            steps.append(step)
-            if self.turns.maxlen:
-                turns.append(turn)
-                returns.append(back)
-        self.turns.appendleft(turns)
-        self.returns.appendleft(returns)
+            for share, ways in zip(shares, (back, *self.back), strict=True):
+                steps[i] = torch.addcmul(steps[i], site.column(share), ways[i], value=-1)
+        self.turned.appendleft(turned)
+        self.back.appendleft(back)
         return steps
 
-    def _shares(self, old: list[Tensor], new: list[Tensor]) -> Tensor:
-        """Of each remembered move, the last one first, the share to take back, [moves, batch]: least squares."""
-        batch, moves = self.relaxation.batch, 1 + len(self.turns)
-        products = torch.zeros(moves * (moves + 1), batch, dtype=torch.float64, device=new[0].device)
+    def _shares(self, moves: list[list[Tensor]], directions: list[Tensor], device: torch.device) -> Tensor:
+        """Of each move, given as its turns, the share to take back, [moves, batch]: least squares."""
+        batch, count = self.relaxation.batch, len(moves)
+        products = torch.zeros(count * (count + 1), batch, dtype=torch.float64, device=device)
         for i, site in enumerate(self.relaxation.sites):
-            turns = [new[i] - old[i], *(turn[i] for turn in self.turns)]
+            turns = [move[i] for move in moves]
             weighted = [turn * site.precision for turn in turns]
-            found = [torch.linalg.vecdot(one, other) for one in weighted for other in (*turns, new[i])]
+            found = [torch.linalg.vecdot(one, other) for one in weighted for other in (*turns, directions[i])]
             products += torch.stack([site.per_sequence(value, batch) for value in found]).to(products)
-        products = self.relaxation.share.sum(products).T.view(batch, moves, moves + 1)
+        products = self.relaxation.share.sum(products).T.view(batch, count, count + 1)
         squares, against = products[..., :-1], products[..., -1]
         size = squares.diagonal(dim1=1, dim2=2).rsqrt()
         size = torch.where(size.isinf(), 0.0, size)

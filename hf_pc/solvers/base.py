@@ -27,7 +27,7 @@ class Solver(ABC):
 
     #: whether `state_optimizer` is followed, weights may move at every sweep, a step may have several phases
     takes_optimizer = moves_weights = takes_phases = False
-    #: whether `anderson_depth` is followed at step "auto"
+    #: whether more than one move of step "auto" may be remembered
     accelerates = False
     #: whether errors are drawn, by `Relaxation.generator`
     draws = False

@@ -55,11 +55,11 @@ class ErrorSolver(Solver):
             relaxation.begin(RELAX)
             gradients = self.gradients(relaxation, forward())
             for site, gradient in zip(relaxation.sites, gradients, strict=True):
-                site.leaf = self.moved(relaxation, site, gradient, step).requires_grad_()
+                site.leaf = self.next_leaf(relaxation, site, gradient, step).requires_grad_()
             if self.tolerance and relaxation.agree(bool((relaxation.residual() < self.tolerance).all())):
                 break
         return lambda: True
 
-    def moved(self, relaxation: Relaxation, site: Site, gradient: Tensor, step: float) -> Tensor:
+    def next_leaf(self, relaxation: Relaxation, site: Site, gradient: Tensor, step: float) -> Tensor:
         """The errors of a site after a move by a fixed step."""
         return site.leaf.detach() - step * site.step(gradient)

@@ -28,7 +28,6 @@ class LagrangianSolver(StateSolver):
 
     #: how far a multiplier moves of what would cancel its node's own gradient
     MULTIPLIER_RATE = 0.5
-    accelerates = False
 
     def __init__(self, config: PCConfig) -> None:
         super().__init__(config)

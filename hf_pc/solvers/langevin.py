@@ -7,7 +7,8 @@ average the gradient of -log p(labels), the model's own likelihood. A move is
     e' = e - k (dF/de) / p + sqrt(k (2 - k) / p) n, n of unit variance,
 
 the step of Crank and Nicolson (Cotter et al. 2013), which leaves the prior of the errors as it is at any rate k, so
-that only the output's part of F is made discrete. The learning pass takes the mean of a full move, k = 1.
+that only the output's part of F is made discrete. The learning pass learns from g at the errors drawn; a move of them,
+its mean at k = 1, would give the same on average and in exact arithmetic.
 """
 
 from __future__ import annotations
@@ -42,9 +43,13 @@ class LangevinSolver(ErrorSolver):
 
     @classmethod
     def check(cls, config: PCConfig) -> None:
-        for energy in (config.energy, config.attention_energy, *(node.energy for node in config.specs)):
+        energies = {"PCConfig.energy": config.energy, "PCConfig.attention_energy": config.attention_energy}
+        energies |= {f"NodeSpec {node.pattern!r}.energy": node.energy for node in config.specs}
+        for field, energy in energies.items():
             if energy not in (None, "gaussian"):
-                raise ValueError(f"PCConfig.solver='langevin' draws Gaussian errors: energy {energy!r} is not allowed")
+                raise ValueError(
+                    f"{field}={energy!r} is not allowed with solver='langevin', which draws Gaussian errors"
+                )
         if config.relaxed_fraction is not None:
             raise ValueError(
                 "PCConfig.solver='langevin' needs precision or relative_std: a steered relaxed_fraction would follow "
@@ -57,20 +62,19 @@ class LangevinSolver(ErrorSolver):
         factor = max((node.step_factor for node in config.specs), default=1.0)
         if _rate(config) * factor >= 2:
             raise ValueError(
-                f"PCConfig.step_size={config.step_size!r} is not allowed with solver='langevin': times the largest "
-                f"step_factor, {factor:g}, a rate under 2 is needed"
+                f"PCConfig.step_size={config.step_size!r} times NodeSpec.step_factor={factor:g} is not allowed with "
+                f"solver='langevin': it is {_rate(config) * factor:g}, and a rate under 2 is needed"
             )
 
     def relax(
         self, relaxation: Relaxation, forward: Callable[[], Tensor], weight_step: Callable[[Tensor], None] | None
     ) -> Callable[[], bool]:
-        stands = super().relax(relaxation, forward, weight_step)
-        relaxation.step_size = 1.0  # the mean of a full move: of what noise would add to it, none is learned
-        return stands
+        relaxation.steps_last = False
+        return super().relax(relaxation, forward, weight_step)
 
-    def moved(self, relaxation: Relaxation, site: Site, gradient: Tensor, step: float) -> Tensor:
+    def next_leaf(self, relaxation: Relaxation, site: Site, gradient: Tensor, step: float) -> Tensor:
         rate = step * site.node.step_factor
-        leaf = super().moved(relaxation, site, gradient, step)
+        leaf = super().next_leaf(relaxation, site, gradient, step)
         noise = torch.empty_like(leaf).normal_(generator=relaxation.generator(leaf.device))
         return leaf + relaxation.without_padding(site, noise) * (rate * (2 - rate) / site.precision).sqrt()
 

@@ -60,7 +60,7 @@ class StateSolver(Solver):
     of 1/precision (SGD), or of the standard deviation 1/sqrt(precision) (Adam and others that normalise).
     """
 
-    takes_optimizer = moves_weights = accelerates = True
+    takes_optimizer = moves_weights = True
 
     def __init__(self, config: PCConfig) -> None:
         super().__init__(config)
