@@ -113,6 +113,13 @@ TABLES: dict[str, dict[str, Column]] = {
         "mean": _relaxed_by_share,
         "residual": in_phases("residual", ".3f"),
     },
+    "depths": {
+        "target": field("target", "g"),
+        "T": field("sweeps"),
+        "`anderson_depth`": field("anderson_depth"),
+        "refused": of_pc("refused", ".1%"),
+        **RELAXED,
+    },
     "marginal": {
         "target": field("target", "g"),
         "gradient": lambda line: f"`{line['gradient']}`",

@@ -64,9 +64,9 @@ def test_compare_from_scratch_and_from_weights(
     assert "relaxed_fraction" in shown
     assert "learning.png" in shown
     assert "It started from out." in (tmp_path / "next" / "README.md").read_text(encoding="utf-8")
-    drawn = ["--solver", "langevin", "--relative_std", "0.3", "--output_dir", str(tmp_path / "drawn")]
+    drawn = ["--solver", "langevin", "--precision", "5", "--output_dir", str(tmp_path / "drawn")]
     assert main(["compare", str(out), *short, *drawn]) == 0
-    assert PCConfig.from_pretrained(tmp_path / "drawn").relative_std == 0.3
+    assert PCConfig.from_pretrained(tmp_path / "drawn").precision == 5
 
 
 @pytest.mark.parametrize(

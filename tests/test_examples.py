@@ -332,7 +332,8 @@ def test_strengths_of_gradient_bias(tmp_path: Path) -> None:
     text.write_text("\n".join(f"line {i}: the square of {i} is {i * i}." for i in range(200)) + "\n")
     size = ["--hidden", "16", "--layers", "1", "--heads", "2", "--sequence", "16", "--batch", "4", "--steps", "2"]
     given = ["--train_file", str(text), *size, "--batches", "1", "--strengths", "1", "0.25"]
-    (found,) = gradient_bias.main([*given, "--rules", "one_sided"])
+    (found,) = gradient_bias.main([*given, "--rules", "one_sided", "--anderson_depth", "2"])
+    assert found["anderson_depth"] == 2
     assert [phase["strength"] for phase in found["phases"]] == [1.0, 0.25]
     with pytest.raises(ValueError, match="those of one_sided, which is not among --rules"):
         gradient_bias.main([*given, "--rules", "plain"])

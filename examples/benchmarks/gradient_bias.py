@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from characters import characters
 from language import Batch, arguments, drawn, gpt2, train, windows
-from options import positive
+from options import natural, positive
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
@@ -71,7 +71,14 @@ def distance(found: list[Tensor], true: list[Tensor]) -> float:
 
 def config_of(rule: str, nodes: str, dtype: str | None, args: argparse.Namespace) -> PCConfig:
     strengths = args.strengths if rule == "one_sided" else None
-    return PCConfig(nodes, sweeps=args.sweeps, learning=rule, strengths=strengths, relaxation_dtype=dtype)  # type: ignore[arg-type]
+    return PCConfig(
+        nodes,
+        sweeps=args.sweeps,
+        anderson_depth=args.anderson_depth,
+        learning=rule,  # type: ignore[arg-type]
+        strengths=strengths,
+        relaxation_dtype=dtype,
+    )
 
 
 def regime(sums: dict[str, Tensor]) -> dict[str, Any]:
@@ -117,7 +124,8 @@ def measure(
             lines.append({
                 "nodes": nodes, "rule": rule, "relaxation_dtype": dtype, "target": args.relaxed_fraction,
                 "distance": distance(gradients, trues), "change": distance(gradients, same),
-                **facts, "sweeps": args.sweeps, "batches": len(batches), "seed": 0,
+                **facts, "sweeps": args.sweeps, "anderson_depth": args.anderson_depth,
+                "batches": len(batches), "seed": 0,
                 "machine": f"{platform.machine()} cpu, torch {torch.__version__}",
             })  # fmt: skip
             print(json.dumps(lines[-1]), flush=True)
@@ -130,6 +138,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--relaxed_fraction", type=float, default=0.1)
     parser.add_argument("--rules", nargs="+", choices=list(RULES), default=["plain", "centred", "extrapolated"])
     parser.add_argument("--strengths", type=float, nargs="+", help="of one_sided, from 1 down")
+    parser.add_argument("--anderson_depth", type=natural, default=1, help="moves that the acceleration remembers")
     parser.add_argument("--nodes", nargs="+", default=["block"], help="presets or patterns, each measured by itself")
     parser.add_argument("--relaxation_dtypes", nargs="+", choices=RELAXATION_DTYPES, default=[], help="lines too")
     parser.add_argument("--batches", type=positive, default=3)

@@ -44,9 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     coding.add_argument("--sweeps", type=int, default=3, help="passes per relaxation (3)")
     strength = coding.add_mutually_exclusive_group()
     strength.add_argument("--relaxed_fraction", type=float, help="strength of relaxation (0.03)")
-    strength.add_argument(
-        "--relative_std", type=float, help="the same as a multiple of each node's activity; langevin needs it"
-    )
+    strength.add_argument("--relative_std", type=float, help="instead: sigma as a multiple of each node's activity")
+    strength.add_argument("--precision", type=float, help="instead: 1/sigma^2 of every error, as langevin has it best")
     coding.add_argument("--learning", default="plain", choices=list(RULES), help="what the weights learn from")
     coding.add_argument("--strengths", type=float, nargs="+", help="of one_sided, from 1 down (1 0.5 0.25 0.125)")
     coding.add_argument("--anderson_depth", type=int, default=1, help="moves that the acceleration remembers (1)")
@@ -59,8 +58,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of both sides, and where the picture and the checkpoint of PC are."""
     _check(args)
     config = PCConfig(nodes=args.nodes, sweeps=args.sweeps, relaxed_fraction=args.relaxed_fraction,
-                      relative_std=args.relative_std, learning=args.learning, strengths=args.strengths,
-                      anderson_depth=args.anderson_depth, solver=args.solver)  # fmt: skip
+                      relative_std=args.relative_std, precision=args.precision, learning=args.learning,
+                      strengths=args.strengths, anderson_depth=args.anderson_depth, solver=args.solver)  # fmt: skip
     torch.manual_seed(args.seed)
     tokenizer = _tokenizer(args)
     scratch = args.random_weights or _has_no_weights(Path(args.model))
