@@ -15,11 +15,12 @@ import math
 import platform
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from language import Text, arguments, chosen, drawn, gpt2, loss_of, split, train
+from language import Text, arguments, chosen, drawn, gpt2, loss_of, split, train, tuned
 from regimes import SIZE, methods
 
 from hf_pc import PCConfig
@@ -74,10 +75,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     machine = f"{platform.machine()}, torch {torch.__version__}"
     lines = []
     for name, config in chosen(methods(args.sweeps), args.methods).items():
-        tried = {rate: run(config, both, args, args.first_seed, rate) for rate in args.learning_rates}
-        rate = min(tried, key=lambda r: tried[r]["validation_loss"])
-        others = range(args.first_seed + 1, args.first_seed + args.seeds)
-        found = [tried[rate], *(run(config, both, args, seed, rate) for seed in others)]
+        rate, _, seeds = tuned(partial(run, config, both, args), lambda facts: facts["validation_loss"], args)
+        found = list(seeds)
         for seed, facts in enumerate(found, args.first_seed):
             print(json.dumps({"method": name, "seed": seed, **facts}), flush=True)
         line: dict[str, Any] = {"method": name, "learning_rate": rate, "steps": args.steps, "machine": machine}

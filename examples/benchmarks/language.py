@@ -10,8 +10,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from options import natural, positive
@@ -27,6 +29,7 @@ from hf_pc.output import Output
 from hf_pc.relaxation import regime
 
 Batch = dict[str, Tensor]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,23 @@ def chosen(methods: dict[str, PCConfig | None], names: list[str] | None) -> dict
     return {name: config for name, config in methods.items() if name in (names or methods)}
 
 
+def tuned(
+    run: Callable[[int, float], Found], loss: Callable[[Found], float], args: argparse.Namespace
+) -> tuple[float, dict[float, float], Iterator[Found]]:
+    """The best of `args.learning_rates` with the first seed, the loss of each, and what the best finds with all seeds.
+
+    Args:
+        run: trains with a seed and a rate, one after another as the seeds are asked for.
+        loss: what to choose by; infinite where it is no number.
+    """
+    tried = {rate: run(args.first_seed, rate) for rate in args.learning_rates}
+    losses = {rate: loss(found) for rate, found in tried.items()}
+    losses = {rate: value if math.isfinite(value) else math.inf for rate, value in losses.items()}
+    best = min(losses, key=lambda rate: losses[rate])
+    others = range(args.first_seed + 1, args.first_seed + args.seeds)
+    return best, losses, chain([tried[best]], (run(seed, best) for seed in others))
+
+
 def gap(losses: list[float], backprop: list[float]) -> dict[str, Any] | None:
     """Nats per token over backprop with the same seeds: the mean, and Student's 95% interval of it."""
     gaps = [mine - its for mine, its in zip(losses, backprop, strict=True)]
@@ -253,15 +273,11 @@ def compare(
         return model, train(model, methods[name], given, args.steps, rate, f"{name}, seed {seed}, {rate:g}")
 
     for name in methods:
-        tried: dict[float, tuple[float, GPT2LMHeadModel, dict[str, Any]]] = {}
-        for rate in args.learning_rates:
-            model, facts = run(name, args.first_seed, rate)
-            loss = loss_of(model, text.validation, args.sequence)
-            tried[rate] = (loss if math.isfinite(loss) else math.inf, model, facts)
-        rate = min(tried, key=lambda r: tried[r][0])
+        rate, losses, found = tuned(
+            partial(run, name), lambda trained: loss_of(trained[0], text.validation, args.sequence), args
+        )
         perplexities, regimes = [], []
-        for seed in range(args.first_seed, args.first_seed + args.seeds):
-            model, facts = tried[rate][1:] if seed == args.first_seed else run(name, seed, rate)
+        for seed, (model, facts) in enumerate(found, args.first_seed):
             curves.setdefault(name, []).append(facts.pop("losses"))
             regimes.append(facts)
             perplexities.append(math.exp(min(700.0, loss_of(model, text.test, args.sequence))))
@@ -273,7 +289,7 @@ def compare(
             "method": name, "mean": statistics.fmean(perplexities),
             "over_backprop": gap([*map(math.log, perplexities)], [*map(math.log, baseline)]) if baseline else None,
             "spread": statistics.stdev(perplexities) if args.seeds > 1 else None, **_mean(regimes),
-            "validation_loss_by_rate": {f"{r:g}": round(tried[r][0], 4) for r in tried},
+            "validation_loss_by_rate": {f"{r:g}": round(loss, 4) for r, loss in losses.items()},
             **({"settings": changed(config)} if config else {}),
             "step_time_ratio": step_ratio(model, config, text, args, pairs) if config else 1.0, **setting,
         })  # fmt: skip

@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import statistics
 import sys
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
 from characters import characters
-from language import Text, arguments, chosen, drawn, gap, gpt2, loss_of, train, windows
+from language import Text, arguments, chosen, drawn, gap, gpt2, loss_of, train, tuned, windows
 from marginal import config_of, likelihood
 from options import natural, positive
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GPT2LMHeadModel
 
@@ -61,25 +63,33 @@ def measured(model: GPT2LMHeadModel, text: Text, args: argparse.Namespace) -> di
     return {name: statistics.fmean(values) for name, values in losses.items()}
 
 
+def by_backprop(text: Text, args: argparse.Namespace, seed: int) -> dict[str, Tensor]:
+    """The weights that every method begins with."""
+    model, steps = gpt2(args, text.vocabulary, seed, torch.device("cpu")), args.backprop_steps
+    given = windows(text.train, args.sequence, args.batch, steps, seed + 1000)
+    train(model, None, given, steps, BACKPROP_RATE, f"backprop first, seed {seed}")
+    return model.state_dict()
+
+
 def run(
-    name: str, config: PCConfig | None, text: Text, args: argparse.Namespace
+    name: str,
+    config: PCConfig | None,
+    text: Text,
+    args: argparse.Namespace,
+    start: Callable[[int], dict[str, Tensor]],
 ) -> tuple[list[dict[str, Any]], dict[float, float]]:
-    """A line for each seed, and the validation loss of each learning rate with the first."""
+    """A line for each seed, whose weights `start` gives, and the validation loss of each rate with the first."""
 
     def trained(seed: int, rate: float) -> tuple[GPT2LMHeadModel, dict[str, Any]]:
         model = gpt2(args, text.vocabulary, seed, torch.device("cpu"))
-        if before := args.backprop_steps:
-            given = windows(text.train, args.sequence, args.batch, before, seed + 1000)
-            train(model, None, given, before, BACKPROP_RATE, f"backprop first, seed {seed}")
+        if args.backprop_steps:
+            model.load_state_dict(start(seed))
         facts = train(model, config, drawn(text, args, seed), args.steps, rate, f"{name}, seed {seed}, {rate:g}")
         return model, {name: facts[name] for name in FACTS if name in facts}
 
-    tried = {rate: trained(args.first_seed, rate) for rate in args.learning_rates}
-    losses = {rate: loss_of(model, text.validation, args.sequence) for rate, (model, _) in tried.items()}
-    best = min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+    best, losses, seeds = tuned(trained, lambda found: loss_of(found[0], text.validation, args.sequence), args)
     lines = []
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        model, facts = tried[best] if seed == args.first_seed else trained(seed, best)
+    for seed, (model, facts) in enumerate(seeds, args.first_seed):
         found = measured(model, text, args)
         lines.append({"method": name, "seed": seed, "learning_rate": best, **found, **facts})
         print(json.dumps(lines[-1]), flush=True)
@@ -102,9 +112,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     common: dict[str, Any] = strength(args) | {name: getattr(args, name) for name in names}
     common["machine"] = f"{platform.machine()} cpu, torch {torch.__version__}"
     backprop: list[dict[str, Any]] = []
+    start = cache(partial(by_backprop, text, args))  # one run for all methods and rates
     lines = []
     for name, config in methods.items():
-        seeds, losses = run(name, config, text, args)
+        seeds, losses = run(name, config, text, args, start)
         backprop = seeds if config is None else backprop
         line: dict[str, Any] = {"method": name, "learning_rate": seeds[0]["learning_rate"]}
         for measure in MEASURES:
