@@ -12,10 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from hf_pc.relaxation import regime
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -68,6 +71,35 @@ def _gap_of(name: str) -> Column:
     return column
 
 
+def _both(name: str, form: str) -> Column:
+    """Of PC and of backprop."""
+    return lambda line: f"{line[name]['pc']:{form}}, {line[name]['backprop']:{form}}"
+
+
+def over_seeds(lines: list[Line]) -> list[Line]:
+    """One line for those of a method and rate: "perplexities" by seed, the mean regime, and of the first seed
+    "validation_loss", which rates are chosen by."""
+    groups: dict[tuple[str, float], list[Line]] = {}
+    for line in sorted(lines, key=lambda line: (line["learning_rate"], line["seed"])):
+        groups.setdefault((line["method"], line["learning_rate"]), []).append(line)
+    merged = []
+    for group in dict(sorted(groups.items())).values():
+        line = group[0] | {"perplexities": [line["test_perplexity"] for line in group]}
+        if "regime" in line:
+            line |= {name: statistics.fmean(line[name] for line in group) for name in ("relaxed_fraction", "residual")}
+            line["regime"] = regime(line["relaxed_fraction"], line["residual"])
+        merged.append(line)
+    return merged
+
+
+def _mean_and_spread(line: Line) -> str:
+    values = line["perplexities"]
+    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+
+
+#: tables with one line for each seed, and how these are made into rows
+MERGED = {"context_256": over_seeds}
+
 RELAXED = {"relaxed_fraction": of_pc("relaxed_fraction", ".3f"), "residual": of_pc("residual", ".3f")}
 REGIME = RELAXED | {"regime": of_pc("regime")}
 
@@ -83,6 +115,26 @@ TABLES: dict[str, dict[str, Column]] = {
         "backprop": lambda line: format(line["memory_ratio_checkpointed"]["backprop"], ".2f"),
         "relaxed_fraction": field("relaxed_fraction", ".4f"),
         "residual": field("residual", ".4f"),
+    },
+    "step_cost_gpu": {
+        "model": field("model"),
+        "vocabulary": field("vocab"),
+        "T": field("sweeps"),
+        "time ratio": with_quartiles("time_ratio"),
+        "compiled": field("time_ratio_compiled", ".2f"),
+        "limit": field("limit", ".2f"),
+        "ms: PC, backprop": _both("milliseconds", ".0f"),
+        "compiled ": _both("milliseconds_compiled", ".0f"),
+        "relaxed_fraction": field("relaxed_fraction", ".4f"),
+        "residual": field("residual", ".4f"),
+    },
+    "context_256": {
+        "method": lambda line: f"`{line['method']}`",
+        "rate": field("learning_rate", "g"),
+        "validation loss, seed 0": field("validation_loss", ".4f"),
+        "test perplexity by seed": lambda line: ", ".join(f"{value:.3f}" for value in line["perplexities"]),
+        "mean": _mean_and_spread,
+        **REGIME,
     },
     "state_memory": {
         "model": field("model"),
@@ -193,7 +245,7 @@ def table(name: str) -> str:
     if not path.is_file():
         raise ValueError(f"the table {name!r} is made of docs/results/{path.name}, which there is not")
     lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if line.get("measured", True)]
+    lines = MERGED.get(name, list)([line for line in lines if line.get("measured", True)])
     rows: list[list[str]] = [list(TABLES[name]), ["---"] * len(TABLES[name])]
     try:
         rows += [[column(line) for column in TABLES[name].values()] for line in lines]

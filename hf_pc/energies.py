@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class Energy(ABC):
     uses_prediction: bool = True
     #: whether E is zero where x = mu
     zero_at_rest: bool = True
+    #: whether E is p/2 |x - mu|^2: then a full step ends at -g/p, wherever it begins, and what goes down is g itself
+    quadratic: bool = False
     #: whether the unit of the states is the nat, whatever the node's activity, so that relative_std counts in it
     in_nats: bool = False
 
@@ -44,6 +47,10 @@ class Energy(ABC):
     @abstractmethod
     def grad_prediction(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
         """dE/dmu at fixed x: the signal that a node's own weights learn from."""
+
+    def gradient(self, error: Tensor, prediction: Tensor | None, precision: Tensor, signal: Tensor) -> Tensor:
+        """dF/dx: dE/dx and the signal from above, g."""
+        return self.grad_state(error, prediction, precision) + signal
 
     def precondition(self, gradient: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
         """The gradient divided by the curvature d2E/dx2 at e = 0, so that a full step minimises E plus a plane."""
@@ -83,6 +90,7 @@ class GaussianEnergy(Energy):
     """E = p/2 |x - mu|^2, p = 1/sigma^2 held fixed while the states relax (arXiv 2211.03481, eq. 3)."""
 
     uses_prediction = False
+    quadratic = True
 
     def energy(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
         # per token or one number, the precision is constant over the features that are summed
@@ -95,6 +103,9 @@ class GaussianEnergy(Energy):
 
     def grad_prediction(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
         return -precision * error
+
+    def gradient(self, error: Tensor, prediction: Tensor | None, precision: Tensor, signal: Tensor) -> Tensor:
+        return torch.addcmul(signal, precision, error)
 
     def square(self, gradient: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
         squares: Tensor = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True).square() / precision
@@ -319,3 +330,9 @@ def relative_precision(prediction: Tensor, relative_std: float) -> Tensor:
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in the precision in which errors are kept: float32, or float64 for float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, autocast lowers nothing on a device; some sums of products would be."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()

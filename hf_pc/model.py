@@ -195,7 +195,7 @@ class PCModel:
         count = labels.ne(-100).sum()
         routed = routes(self.model, batch)  # a router's losses are gathered inside the blocks
         strength = Strength(self.config.precision, self.relative_std, self.steering.activity)
-        signs = self.steering.signs(len(labels)) if phase.mirrored else None
+        signs = self.steering.signs(len(labels), labels.device) if phase.mirrored else None
         over = True  # also where an exception ends the step
         try:
             self.relaxation = Relaxation(
@@ -423,24 +423,27 @@ class PCModel:
                     with self._frozen():
                         energy, _ = self.learning_pass(inputs, mode=RELAX)
                         self.solver.gradients(relaxation, energy)
-                    sums = relaxation.sums()
+                    found = sums = relaxation.sums()
                 else:
                     loss, outputs = self.learning_pass(inputs)
                     tokens = relaxation.tokens.to(loss.device)  # blocks may be spread over devices
                     divisor = tokens if items is None else torch.as_tensor(items, device=loss.device)
                     share = phase.share * tokens / divisor
-                    torch.autograd.backward(loss / divisor + share * auxiliary_loss(self.model, outputs))
-                    add_sums(sums, self.observe(relaxation))
+                    loss = loss / divisor + share * auxiliary_loss(self.model, outputs)
+                    del outputs  # the logits need not be there while weights learn
+                    torch.autograd.backward(loss)
+                    found = self.observe(relaxation)
+                    add_sums(sums, found)
                 if report is None:
-                    report = self._report(relaxation)
+                    report = self._report(relaxation, found)
         assert report is not None
         facts = summary(sums) | {"sweeps": float(sums["sweeps"])}
         return replace(report, **facts)
 
-    def _report(self, relaxation: Relaxation) -> RelaxationOutput:
+    def _report(self, relaxation: Relaxation, sums: Mapping[str, Tensor]) -> RelaxationOutput:
         assert relaxation.feedforward_energy is not None
         return RelaxationOutput(
-            **summary(relaxation.sums()),
+            **summary(sums),
             feedforward_energy=float(self.share.sum(relaxation.feedforward_energy.double().sum()))
             / float(relaxation.tokens),
             states=self._states,

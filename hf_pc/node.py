@@ -156,12 +156,19 @@ class Site:
         """[batch] spread over the leading dimension of a state: a column that broadcasts against the error."""
         # a float64 column would make float64 errors
         dtype = self.error.dtype if values.is_floating_point() else values.dtype
-        rows = values.to(self.error.device, dtype).repeat_interleave(self.shape[0] // len(values))
+        rows = values.to(self.error.device, dtype)
+        if len(rows) != self.shape[0]:
+            rows = rows.repeat_interleave(self.shape[0] // len(rows))
         return rows.view(-1, *[1] * (len(self.shape) - 1))
 
     def per_sequence(self, values: Tensor, batch: int) -> Tensor:
         """Sums over all but the batch, [batch], float64. `values` has the state's leading dimensions."""
         return values.reshape(batch, -1).sum(1, dtype=torch.float64)
+
+    def weighted(self, values: Tensor, batch: int) -> Tensor:
+        """Several values of each token, [n, ...], times the precision: the sums of each sequence, [n, batch]."""
+        precision = self.precision.squeeze(-1) if self.precision.dim() else self.precision
+        return (values * precision).reshape(len(values), batch, -1).sum(2, dtype=torch.float64)
 
     def squares(self, values: Tensor, batch: int) -> Tensor:
         """Sums of squares over all but the batch, [batch], float64."""
@@ -204,20 +211,31 @@ class NodeFunction(torch.autograd.Function):
         scaled = isinstance(scale, Tensor)  # a relaxing sweep's loss is the energy itself
         signal = wide(g) / scale if scaled else wide(g)
         # at rest x = mu, where every divergence and both its gradients are zero
-        gradient = signal if sweep.at_rest else energy.grad_state(error, mu, site.precision) + signal
-        sweep.measure(site, signal, gradient)
+        gradient = signal if sweep.at_rest else energy.gradient(error, mu, site.precision, signal)
+        if sweep.measures:
+            sweep.measure(site, signal, gradient)
         if sweep.mode == LEARN and sweep.steps_last:
-            target = error - sweep.step_size * site.step(gradient)
-            if sweep.followed:
-                site.last_move = target
-            energy.observe(target, site.precision)
-            down = energy.grad_prediction(target, mu, site.precision)
+            down = _learned_signal(site, sweep, error, signal, gradient)
         elif mu is None or sweep.at_rest:  # what learns without a step learns from g: at rest, backprop's gradient
             down = signal
         else:
             down = gradient + energy.grad_prediction(error, mu, site.precision)
-        down = (down * scale if scaled else down).to(ctx.dtype)
+        down = g if down is signal else (down * scale if scaled else down).to(ctx.dtype)
         if sweep.mode == LEARN and site is sweep.sites[0]:
             down = down if site.waiting is None else down + site.waiting
             site.waiting = down if sweep.defers else None
         return down if ctx.needs_input_grad[0] else None, gradient if sweep.mode == RELAX else None, None, None
+
+
+def _learned_signal(site: Site, sweep: Any, error: Tensor, signal: Tensor, gradient: Tensor) -> Tensor:
+    """Take the last step; what the module below learns from there, dE/dmu."""
+    energy = site.node.energy
+    if energy.quadratic and sweep.step_size * site.node.step_factor == 1:
+        if sweep.followed:
+            site.last_move = -sweep.step_size * site.step(signal)
+        return signal
+    target = error - sweep.step_size * site.step(gradient)
+    if sweep.followed:
+        site.last_move = target
+    energy.observe(target, site.precision)
+    return energy.grad_prediction(target, site.prediction, site.precision)

@@ -7,7 +7,6 @@ loss is divided once, by whoever knows how many tokens the whole optimiser step 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -78,6 +77,7 @@ class Relaxation:
         self._of_node: dict[str, list[Site]] = {}
         self._visits: dict[str, int] = {}
         self.mode = RELAX
+        self.measures = True  # whether the present pass measures g and dF/dx
         self.pieces = True  # whether pieces of the graph may be differentiated one by one, before `backward()`
         self.weights: list[Tensor] = []  # what may learn
         self._held: dict[Tensor, Tensor] = {}
@@ -141,11 +141,12 @@ class Relaxation:
         """Values of each sequence, [batch], with the signs of its output energy; the inverse of itself."""
         return energy if self.signs is None else energy * self.signs.to(energy)
 
-    def begin(self, mode: str) -> None:
-        """Start a pass in RELAX or LEARN mode."""
+    def begin(self, mode: str, *, measures: bool = True) -> None:
+        """Start a pass in RELAX or LEARN mode, which measures g and dF/dx; at rest any pass does."""
         self.mode = mode
         self.scale = 1.0
         self.sweeps += 1
+        self.measures = measures or self.at_rest
         self.again()
 
     def again(self) -> None:
@@ -249,6 +250,17 @@ class Relaxation:
         per_token = site.node.energy.square(values, site.prediction, site.precision)
         return site.per_sequence(per_token, self.batch)
 
+    def columns(self, values: Tensor) -> list[Tensor]:
+        """For each site values of the sequences, [batch], as a column; sites of one shape share it."""
+        found: dict[Any, Tensor] = {}
+        columns = []
+        for site in self.sites:
+            like = (site.shape[0], len(site.shape), site.error.device, site.error.dtype)
+            if like not in found:
+                found[like] = site.column(values)
+            columns.append(found[like])
+        return columns
+
     def scale_of(self, site: Site) -> Tensor | float:
         """What g at a site is multiplied by, against nats of F: the loss's factor, and the signs of its sequences."""
         scale = self.scale.to(site.error.device) if isinstance(self.scale, Tensor) else self.scale
@@ -285,22 +297,25 @@ class Relaxation:
 
     def _with_sites(self, values: Tensor, name: str) -> Tensor:
         """Values of each sequence, [batch], and what all sites measured under this name, wherever they are."""
-        values = values.double()
-        return self.share.sum(sum((getattr(site, name).to(values.device) for site in self.sites), values))
+        measured = [getattr(site, name).to(values.device) for site in self.sites]
+        return self.share.sum(torch.stack([values.double(), *measured]).sum(0))
 
     def _squares(self) -> tuple[Tensor, Tensor]:
         """|dF/dx|^2 and |g|^2 of each sequence, over all nodes, [batch]."""
+        if not self.measures:
+            raise RuntimeError("the last sweep measured no gradient: without a tolerance only the first and last do")
         assert self.output_energy is not None
-        none = torch.zeros_like(self.output_energy, dtype=torch.float64)
-        names = ("gradient_square", "signal_square")
-        sums = [sum((getattr(site, name).to(none.device) for site in self.sites), none) for name in names]
-        gradient, signal = self.share.sum(torch.stack(sums)).unbind()
+        device = self.output_energy.device
+        squares = [torch.stack([s.gradient_square, s.signal_square]).to(device) for s in self.sites]
+        none = torch.zeros(2, self.batch, dtype=torch.float64, device=device)
+        gradient, signal = self.share.sum(torch.stack(squares).sum(0) if squares else none).unbind()
         return gradient, signal
 
     def residual(self) -> Tensor:
         """|dF/de| / |g| of each sequence at the last pass, [batch]: 1 where it starts, 0 at equilibrium.
 
-        It is 0 where no signal arrives, as for a sequence without labels; means leave such sequences out.
+        It is 0 where no signal arrives, as for a sequence without labels; means leave such sequences out. Raises
+        RuntimeError behind a sweep in the middle that had no `tolerance` to be compared with.
         """
         return _residual(*self._squares())
 
@@ -340,7 +355,19 @@ class Relaxation:
             sums[f"error_square/{site.label}"] = site.squares(site.error.detach(), self.batch).sum()
             sums[f"prediction_square/{site.label}"] = site.prediction_square.sum()
             sums[f"size/{site.label}"] = scalar(site.size)
-        return self.share.merge({name: value.detach().cpu() for name, value in sums.items()})
+        return self.share.merge(_on_cpu(sums))
+
+
+def _on_cpu(scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scalars of float64 on the CPU; a device is read once, however many of them it has."""
+    found: dict[str, Tensor] = {}
+    by_device: dict[torch.device, list[str]] = {}
+    for name, value in scalars.items():
+        by_device.setdefault(value.device, []).append(name)
+    for names in by_device.values():
+        values = torch.stack([scalars[name].detach() for name in names]).cpu()
+        found |= zip(names, values.unbind(), strict=True)
+    return {name: found[name] for name in scalars}
 
 
 def known_to_hold(flags: Tensor) -> bool:
@@ -349,7 +376,7 @@ def known_to_hold(flags: Tensor) -> bool:
 
 
 def _residual(gradient: Tensor, signal: Tensor) -> Tensor:
-    return torch.where(signal == 0, 0.0, gradient / signal).sqrt()
+    return torch.where(signal == 0, 0.0, gradient.sqrt() / signal.sqrt())  # the ratio of the squares may overflow
 
 
 def add_sums(total: dict[str, Tensor], new: Mapping[str, Tensor]) -> None:
@@ -364,14 +391,15 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> float:
 
 def relaxed_fraction(sums: Mapping[str, Tensor]) -> float:
     """|g_out(relaxed) - g_out(feedforward)| / |g_out(feedforward)|, g_out the signal that reaches the last node."""
-    return math.sqrt(_ratio(sums["change"], sums["reference"]))
+    return _ratio(sums["change"].sqrt(), sums["reference"].sqrt())
 
 
 def summary(sums: Mapping[str, Tensor]) -> dict[str, Any]:
     """Means of summed measurements: energies in nats per label token, the rest without units."""
     labels = [name.removeprefix("error_square/") for name in sums if name.startswith("error_square/")]
     displacement = {
-        label: _ratio(sums[f"error_square/{label}"], sums[f"prediction_square/{label}"]) ** 0.5 for label in labels
+        label: _ratio(sums[f"error_square/{label}"].sqrt(), sums[f"prediction_square/{label}"].sqrt())
+        for label in labels
     }
     return {
         "free_energy": _ratio(sums["free_energy"], sums["tokens"]),

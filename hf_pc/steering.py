@@ -41,10 +41,10 @@ class Steering:
         kept = ("change", "reference", "prediction_square/", "size/")
         add_sums(self._seen, {name: value for name, value in sums.items() if name.startswith(kept)})
 
-    def signs(self, batch: int) -> Tensor:
+    def signs(self, batch: int, device: torch.device) -> Tensor:
         """+1, -1, ... over the sequences of all processes, in order of rank: those of this process, [batch]."""
         before = self.rows + process_index() * batch
-        return 1.0 - 2.0 * torch.arange(before, before + batch).remainder(2)
+        return 1.0 - 2.0 * torch.arange(before, before + batch, device=device).remainder(2)
 
     def count_rows(self, batch: int) -> None:
         """Note that a batch of as many sequences on each process was learned."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -259,3 +260,14 @@ def test_steering_without_a_batch_changes_nothing() -> None:
     before = pc.state_dict()
     pc.steer()
     assert pc.state_dict() == before
+
+
+def test_the_logits_are_gone_while_weights_learn() -> None:
+    """The largest tensor of a language model is let go before the backward pass of the learning sweep."""
+    model = make("gpt2")
+    logits: list[weakref.ref[Tensor]] = []
+    kept: list[bool] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: logits.append(weakref.ref(output)))
+    model.transformer.h[0].ln_1.weight.register_hook(lambda gradient: kept.append(logits[-1]() is not None))
+    PCModel(model, PCConfig(sweeps=3, relative_std=0.5)).accumulate_grad(**batch())
+    assert kept == [False]

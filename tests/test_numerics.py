@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_pc import PCConfig, PCModel
 from hf_pc.learning import RULES
+from hf_pc.relaxation import _residual, relaxed_fraction
 
 CONFIG = {"sweeps": 3, "relative_std": 0.3}
 
@@ -174,3 +175,25 @@ def test_a_sequence_that_is_masked_altogether(values: dict[str, Any]) -> None:
     for dtype, rounding in ((torch.float64, 1e-9), (torch.float32, 1e-3)):
         found = learned(make("gpt2").to(dtype), hidden, **values)
         assert distance(found, learned(make("gpt2").double(), others, **values)) < rounding
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_autocast_around_a_step_moves_errors_as_one_around_the_model(depth: int) -> None:
+    """Whatever the step is wrapped in, errors move in float32: only what the model computes is in half precision."""
+    found = []
+    for around in ("model", "step"):
+        model = make("gpt2")
+        if around == "model":
+            model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+        with torch.autocast("cpu", torch.bfloat16, enabled=around == "step"):
+            found.append(learned(model, batch(), sweeps=5, relative_std=5.0, anderson_depth=depth))
+    assert distance(*found) == 0
+
+
+def test_what_all_but_vanishes_leaves_finite_ratios() -> None:
+    """Squares of a signal that is nearly gone may be no normal numbers: its ratios are finite all the same."""
+    gone = torch.tensor([1e-310, 0.0, 4.0], dtype=torch.float64)
+    residual = _residual(torch.ones_like(gone), gone)
+    torch.testing.assert_close(residual, torch.tensor([1e155, 0.0, 0.5], dtype=torch.float64), rtol=1e-6, atol=0.0)
+    assert relaxed_fraction({"change": gone[2], "reference": gone[0]}) == pytest.approx(2e155, rel=1e-6)
+    assert relaxed_fraction({"change": gone[2], "reference": gone[1]}) == 0

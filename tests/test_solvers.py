@@ -89,20 +89,33 @@ def test_weights_learn_by_the_step_that_errors_take() -> None:
     torch.testing.assert_close(model.head.weight.grad, expected["head.weight"])
 
 
+@pytest.mark.parametrize("step", ["auto", 0.3])
+def test_what_no_tolerance_asks_for_is_not_measured(step: Any) -> None:
+    """Between the first and the last sweep gradients are moved along and not measured: asking for them is an error."""
+    pc = attach(LinearChain(), sweeps=3, step_size=step)
+    with pc.relaxed({"inputs": X, "labels": Y}) as relaxation:
+        with pytest.raises(RuntimeError, match="without a tolerance only the first and last"):
+            relaxation.residual()
+        loss, _ = pc.learning_pass({"inputs": X, "labels": Y})
+        loss.backward()
+        assert 0 < float(relaxation.residual().max()) < 1
+
+
 @pytest.mark.parametrize("solver", ["error", "state"])
 def test_a_fixed_step_ends_at_rest(solver: str) -> None:
     """With a tolerance it stops once every sequence's residual is under it, and not a sweep before."""
     sweeps = []
-    for tolerance in (0.3, 0.03, 0.0):
+    never = 1e-300
+    for tolerance in (0.3, 0.03, never):
         settings = {"solver": solver, "sweeps": 200, "step_size": 0.3, "tolerance": tolerance}
         pc = attach(LinearChain(), **settings)
         with pc.relaxed({"inputs": X, "labels": Y}) as relaxation:
             residual = relaxation.residual().max()
             sweeps.append(relaxation.sweeps)
         pc.detach()
-        assert residual < tolerance or not tolerance
-        if tolerance:
-            shorter = attach(LinearChain(), **settings | {"sweeps": relaxation.sweeps, "tolerance": 0.0})
+        assert residual < tolerance or tolerance == never
+        if tolerance != never:
+            shorter = attach(LinearChain(), **settings | {"sweeps": relaxation.sweeps, "tolerance": never})
             with shorter.relaxed({"inputs": X, "labels": Y}) as relaxation:
                 assert relaxation.residual().max() >= tolerance
             shorter.detach()

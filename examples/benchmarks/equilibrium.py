@@ -23,7 +23,7 @@ from hf_pc.learning import RULES
 
 DEFAULTS = {"steps": 1000, "batch": 16, "layers": 6, "hidden": 128, "heads": 4, "sequence": 64, "sweeps": 3,
             "seeds": 3, "learning_rates": [2e-3, 4e-3, 8e-3, 1.6e-2],
-            "methods": None, "output_dir": Path("runs/equilibrium")}  # fmt: skip
+            "methods": None, "compile": False, "output_dir": Path("runs/equilibrium")}  # fmt: skip
 
 
 def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:
@@ -38,11 +38,18 @@ def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:
                 relaxed_fraction=target,
                 sweeps=args.sweeps,  # type: ignore[arg-type]
                 anderson_depth=args.anderson_depth,
+                compile=args.compile,
             )
         for solver in ("state", "lagrangian"):
-            found[f"{solver}_{target:g}"] = PCConfig(solver=solver, relaxed_fraction=target, sweeps=args.state_sweeps)
+            found[f"{solver}_{target:g}"] = PCConfig(
+                solver=solver, relaxed_fraction=target, sweeps=args.state_sweeps, compile=args.compile
+            )
         found[f"incremental_{target:g}"] = PCConfig(
-            solver="state", weight_update="every_sweep", relaxed_fraction=target, sweeps=args.state_sweeps
+            solver="state",
+            weight_update="every_sweep",
+            relaxed_fraction=target,
+            sweeps=args.state_sweeps,
+            compile=args.compile,
         )
     return found
 

@@ -9,6 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -25,7 +26,9 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_pc import PCConfig, PCModel, RelaxationOutput
+from hf_pc.compilation import compile_forwards
 from hf_pc.output import Output
+from hf_pc.placement import resolve
 from hf_pc.relaxation import regime
 
 Batch = dict[str, Tensor]
@@ -55,6 +58,8 @@ def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentPars
         parser.add_argument("--learning_rates", type=float, nargs="+", default=defaults["learning_rates"])
     if "methods" in defaults:
         parser.add_argument("--methods", nargs="+", default=defaults["methods"], help="some of them; default: all")
+    if "compile" in defaults:
+        parser.add_argument("--compile", action="store_true", help="compile the blocks, for PC and for backprop")
     if "output_dir" in defaults:
         parser.add_argument("--output_dir", type=Path, default=defaults["output_dir"], help="for table and figure")
     return parser
@@ -135,14 +140,25 @@ def gradient(
     return None, loss.item()
 
 
+@contextmanager
+def compiled(model: GPT2LMHeadModel, wanted: bool) -> Iterator[None]:
+    """Inside, training runs the blocks as `torch.compile` makes them, as `PCConfig(compile=True)` does for PC."""
+    undo = compile_forwards(resolve(model, PCConfig()), lambda: model.training) if wanted else lambda: None
+    try:
+        yield
+    finally:
+        undo()
+
+
 def drawn(text: Text, args: argparse.Namespace, seed: int) -> Iterator[Batch]:
     """What most benchmarks train on: random windows of the training text."""
     return windows(text.train, args.sequence, args.batch, args.steps, seed)
 
 
 def train(
-    model: GPT2LMHeadModel, config: PCConfig | None, batches: Iterator[Batch], steps: int, rate: float, title: str
-) -> dict[str, Any]:
+    model: GPT2LMHeadModel, config: PCConfig | None, batches: Iterator[Batch], steps: int, rate: float, title: str,
+    compiles: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """AdamW with warm-up and a cosine schedule, the same for every method; the regime PC learned in, and
     how far it relaxed and each node moved, in units of its activity, in the first batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
@@ -153,14 +169,15 @@ def train(
     first: dict[str, Any] = {}
     losses: list[float] = []
     model.train()
-    for batch in tqdm(batches, total=steps, desc=title, leave=False):
-        found, loss = gradient(model, pc, batch, optimizer)
-        losses.append(loss)
-        if found is not None:
-            first = first or {"relaxed_fraction": found.relaxed_fraction, "displacement": found.displacement}
-            facts.append((found.relaxed_fraction, found.residual, found.refused, found.sweeps))
-        moved(model, optimizer)
-        schedule.step()
+    with compiled(model, compiles and pc is None):
+        for batch in tqdm(batches, total=steps, desc=title, leave=False):
+            found, loss = gradient(model, pc, batch, optimizer)
+            losses.append(loss)
+            if found is not None:
+                first = first or {"relaxed_fraction": found.relaxed_fraction, "displacement": found.displacement}
+                facts.append((found.relaxed_fraction, found.residual, found.refused, found.sweeps))
+            moved(model, optimizer)
+            schedule.step()
     if pc is None:
         return {"losses": losses}
     pc.detach()
@@ -178,12 +195,13 @@ def step_ratio(model: GPT2LMHeadModel, config: PCConfig, text: Text, args: argpa
         seconds = []
         for chosen in (config, None):
             pc = PCModel(model, chosen) if chosen else None
-            began = time.perf_counter()
-            gradient(model, pc, batch, optimizer)
-            moved(model, optimizer)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
+            with compiled(model, config.compile and pc is None):
+                began = time.perf_counter()
+                gradient(model, pc, batch, optimizer)
+                moved(model, optimizer)
+                if model.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - began)
             if pc is not None:
                 pc.detach()
         ratios.append(seconds[0] / seconds[1])
@@ -194,6 +212,13 @@ def changed(config: PCConfig) -> dict[str, Any]:
     """The fields that are not the default's."""
     default = PCConfig().to_dict()
     return {name: value for name, value in config.to_dict().items() if value != default[name]}
+
+
+def machine(device: torch.device) -> str:
+    """What a figure was measured on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{platform.machine()} {device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
 def _mean(regimes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -261,16 +286,16 @@ def compare(
     curves: dict[str, list[list[float]]] = {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     setting = {n: getattr(args, n) for n in ("steps", "batch", "layers", "hidden", "heads", "sequence")}
-    setting["machine"] = (
-        f"{platform.machine()} {device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
+    setting["machine"] = machine(device)
     lines: list[dict[str, Any]] = []
     baseline: list[float] = []
 
     def run(name: str, seed: int, rate: float) -> tuple[GPT2LMHeadModel, dict[str, Any]]:
         model = gpt2(args, text.vocabulary, seed, device)
         given = batches(text, args, seed)
-        return model, train(model, methods[name], given, args.steps, rate, f"{name}, seed {seed}, {rate:g}")
+        title = f"{name}, seed {seed}, {rate:g}"
+        compiles = getattr(args, "compile", False)
+        return model, train(model, methods[name], given, args.steps, rate, title, compiles)
 
     for name in methods:
         rate, losses, found = tuned(
@@ -281,7 +306,10 @@ def compare(
             curves.setdefault(name, []).append(facts.pop("losses"))
             regimes.append(facts)
             perplexities.append(math.exp(min(700.0, loss_of(model, text.test, args.sequence))))
-            line = {"method": name, "seed": seed, "learning_rate": rate, "test_perplexity": perplexities[-1], **facts}
+            line = {
+                "method": name, "seed": seed, "learning_rate": rate, "test_perplexity": perplexities[-1],
+                "validation_loss": loss_of(model, text.validation, args.sequence), **facts, **setting,
+            }  # fmt: skip
             print(json.dumps(line), flush=True)
         config = methods[name]
         baseline = perplexities if config is None else baseline

@@ -5,14 +5,15 @@
 
 Prints one JSON line per T. With --compile also what `compile=True` makes of a step's time, for both kinds of step;
 with --checkpointing also the memory of either kind with activation checkpointing, over that of backprop without. A
-step is everything up to the gradient; the optimiser's part is the same for both. Time is the median of interleaved
-pairs; memory is each kind's own peak over the built model, in a process of its own.
+step is everything up to the gradient, with --optimizer also AdamW's part, which is the same for both. Time is the
+median of interleaved pairs; memory is the own peak of each over the built model, on a CPU in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from options import positive
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -32,7 +34,8 @@ from hf_pc import PCConfig, PCModel
 from hf_pc.output import Output
 from hf_pc.placement import blocks
 
-SETTING = ("model", "solver", "layers", "hidden", "sequence", "batch", "vocab", "threads", "seed")
+SETTING = ("model", "solver", "layers", "hidden", "sequence", "batch", "vocab", "threads", "mixed_precision",
+           "optimizer", "seed")  # fmt: skip
 
 
 def parse() -> argparse.Namespace:
@@ -43,6 +46,8 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=positive, default=value)
     parser.add_argument("--solver", default="error", help="a solver; its share of backprop's memory differs")
     parser.add_argument("--sweeps", type=positive, nargs="+", default=[1, 2, 5])
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="as Accelerate has it")
+    parser.add_argument("--optimizer", action="store_true", help="a step has AdamW's part too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="also time steps whose blocks are compiled")
     parser.add_argument("--checkpointing", action="store_true", help="also measure memory with checkpointed blocks")
@@ -62,7 +67,7 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[Any, dict[str
         model: Any = GPT2LMHeadModel(config)
     else:
         config = LlamaConfig(
-            vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3,
+            vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=-(-args.hidden * 8 // 3 // 64) * 64,
             num_hidden_layers=args.layers, num_attention_heads=heads, max_position_embeddings=args.sequence, **ends,
         )  # fmt: skip
         model = LlamaForCausalLM(config)
@@ -80,7 +85,7 @@ def backprop(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
 
 def predictive_coding(pc: PCModel, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
     with pc.relaxed(inputs) as relaxation:
-        loss, _ = pc.learning_pass(inputs)
+        loss = pc.learning_pass(inputs)[0]  # without the logits, which backprop has no more at this point
         (loss / relaxation.tokens).backward()
         sums = pc.observe(relaxation)
     return {
@@ -90,17 +95,24 @@ def predictive_coding(pc: PCModel, inputs: dict[str, torch.Tensor]) -> dict[str,
 
 
 def stepper(
-    model: Any, inputs: dict[str, torch.Tensor], sweeps: int, solver: str, compiled: bool = False
+    model: Any, inputs: dict[str, torch.Tensor], sweeps: int, args: argparse.Namespace, compiled: bool = False
 ) -> Callable[[], dict[str, float]]:
     """A step with `sweeps` sweeps, 0 being backprop, from cleared gradients; the model becomes its own."""
-    pc = PCModel(model, PCConfig(relative_std=0.2, sweeps=sweeps, solver=solver, compile=compiled)) if sweeps else None
+    if args.mixed_precision != "no":
+        Accelerator(mixed_precision=args.mixed_precision, cpu=not torch.cuda.is_available()).prepare_model(model)
+    config = PCConfig(relative_std=0.2, sweeps=sweeps, solver=args.solver, compile=compiled) if sweeps else None
+    pc = PCModel(model, config) if config else None
     if compiled and not sweeps:
         for block in blocks(model).values():
             block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
 
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6) if args.optimizer else None
+
     def step() -> dict[str, float]:
         model.zero_grad()
         facts = backprop(model, inputs) if pc is None else predictive_coding(pc, inputs)
+        if optimizer is not None:
+            optimizer.step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return facts
@@ -128,8 +140,10 @@ def peak_bytes(device: torch.device) -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def memory(sweeps: int, checkpointed: bool = False) -> int:
-    """Peak memory of a step over the built model, measured in a fresh process."""
+def memory(args: argparse.Namespace, sweeps: int, checkpointed: bool = False) -> int:
+    """Peak memory of a step over the built model; of a CPU, measured in a fresh process."""
+    if torch.cuda.is_available():
+        return measured_memory(args, sweeps, checkpointed)
     command = [sys.executable, __file__, *sys.argv[1:], "--measure-memory", str(sweeps)]
     command += ["--checkpointed"] if checkpointed else []
     # the allocator of Linux keeps what was freed unless told not to: resident memory is then what is in use
@@ -138,35 +152,60 @@ def memory(sweeps: int, checkpointed: bool = False) -> int:
     return int(done.stdout.split()[-1])
 
 
+def measured_memory(args: argparse.Namespace, sweeps: int, checkpointed: bool) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, inputs = build(args, device)
+    if checkpointed:
+        model.gradient_checkpointing_enable()
+    gc.collect()
+    reset_peak(device)
+    before = peak_bytes(device)
+    step = stepper(model, inputs, sweeps, args)
+    for _ in range(2):  # the second meets the gradients of the first
+        step()
+    return peak_bytes(device) - before
+
+
 def quotients(numerators: list[float], denominators: list[float]) -> list[float]:
     return [above / below for above, below in zip(numerators, denominators, strict=True)]
+
+
+def of_compiled(times: dict[tuple[int, bool], list[float]], sweeps: int) -> dict[str, Any]:
+    """The same of compiled blocks, and what compiling them gains."""
+    ratios = quotients(times[sweeps, True], times[0, True])
+    kinds = (("pc", sweeps), ("backprop", 0))
+    return {
+        "time_ratio_compiled": round(statistics.median(ratios), 3),
+        "compiled_over_not": {
+            name: round(statistics.median(quotients(times[kind, True], times[kind, False])), 3) for name, kind in kinds
+        },
+        "milliseconds_compiled": {name: round(1000 * statistics.median(times[kind, True]), 2) for name, kind in kinds},
+    }
+
+
+def processor(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} {device.type}"
 
 
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
+    if args.measure_memory is not None:
+        print(measured_memory(args, args.measure_memory, args.checkpointed))
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, inputs = build(args, device)
-    if args.measure_memory is not None:
-        if args.checkpointed:
-            model.gradient_checkpointing_enable()
-        reset_peak(device)
-        before = peak_bytes(device)
-        step = stepper(model, inputs, args.measure_memory, args.solver)
-        for _ in range(2):  # the second meets the gradients of the first
-            step()
-        print(peak_bytes(device) - before)
-        return
     kinds = [(sweeps, False) for sweeps in (0, *dict.fromkeys(args.sweeps))]
     if args.compile:
         kinds += [(sweeps, True) for sweeps, _ in kinds]
-    steps = {kind: stepper(copy.deepcopy(model), inputs, kind[0], args.solver, kind[1]) for kind in kinds}
+    steps = {kind: stepper(copy.deepcopy(model), inputs, kind[0], args, kind[1]) for kind in kinds}
     facts = {kind: step() for kind, step in steps.items() for _ in range(2)}
     times: dict[tuple[int, bool], list[float]] = {kind: [] for kind in kinds}
     for _ in range(args.runs):
         for kind in kinds:
             times[kind].append(seconds(steps[kind]))
-    backprop_bytes = memory(0)
+    steps.clear()
+    backprop_bytes = memory(args, 0)
     for sweeps in dict.fromkeys(args.sweeps):
         ratios = quotients(times[sweeps, False], times[0, False])
         ratio, limit = statistics.median(ratios), (2 * sweeps + 1) / 3
@@ -175,17 +214,19 @@ def main() -> None:
             "sweeps": sweeps, "time_ratio": round(ratio, 3), "time_ratio_quartiles":
             [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]] if len(ratios) > 1 else None,
             "limit": round(limit, 3), "over_limit": round(ratio / limit - 1, 3),
-            "memory_ratio": round(memory(sweeps) / backprop_bytes, 3),
+            "memory_ratio": round(memory(args, sweeps) / backprop_bytes, 3),
+            "backprop_gib": round(backprop_bytes / 2**30, 2),
             **({"memory_ratio_checkpointed": {
-                name: round(memory(kind, checkpointed=True) / backprop_bytes, 3)
+                name: round(memory(args, kind, checkpointed=True) / backprop_bytes, 3)
                 for name, kind in (("pc", sweeps), ("backprop", 0))
             }} if args.checkpointing else {}),
             **{name: round(value, 5) for name, value in facts[sweeps, False].items()},
-            **({"compiled_over_not": {
-                name: round(statistics.median(quotients(times[kind, True], times[kind, False])), 3)
+            **(of_compiled(times, sweeps) if args.compile else {}),
+            "milliseconds": {
+                name: round(1000 * statistics.median(times[kind, False]), 2)
                 for name, kind in (("pc", sweeps), ("backprop", 0))
-            }} if args.compile else {}),
-            "machine": f"{platform.machine()} {device.type}, torch {torch.__version__}", "runs": args.runs,
+            },
+            "machine": f"{processor(device)}, torch {torch.__version__}", "runs": args.runs,
         }  # fmt: skip
         print(json.dumps(line), flush=True)
 

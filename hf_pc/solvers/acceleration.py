@@ -12,6 +12,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from hf_pc.energies import full_precision
 from hf_pc.relaxation import Relaxation
 
 #: cosines between turns are made smaller by this: where two turns are parallel the equations stay solvable
@@ -50,9 +51,9 @@ class Acceleration:
             back[i] = (leaf - back[i]).add_(turned[i])
         shares = torch.where(plain, 0.0, self._shares([turned, *self.turned], directions, plain.device))
         steps = list(directions)
-        for i, site in enumerate(self.relaxation.sites):
-            for share, ways in zip(shares, (back, *self.back), strict=True):
-                steps[i] = torch.addcmul(steps[i], site.column(share), ways[i], value=-1)
+        for share, ways in zip(shares, (back, *self.back), strict=True):
+            columns = self.relaxation.columns(share)
+            steps = [torch.addcmul(*terms, value=-1) for terms in zip(steps, columns, ways, strict=True)]
         self.turned.appendleft(turned)
         self.back.appendleft(back)
         return steps
@@ -60,13 +61,13 @@ class Acceleration:
     def _shares(self, moves: list[list[Tensor]], directions: list[Tensor], device: torch.device) -> Tensor:
         """Of each move, given as its turns, the share to take back, [moves, batch]: least squares."""
         batch, count = self.relaxation.batch, len(moves)
-        products = torch.zeros(count * (count + 1), batch, dtype=torch.float64, device=device)
-        for i, site in enumerate(self.relaxation.sites):
-            turns = [move[i] for move in moves]
-            weighted = [turn * site.precision for turn in turns]
-            found = [torch.linalg.vecdot(one, other) for one in weighted for other in (*turns, directions[i])]
-            products += torch.stack([site.per_sequence(value, batch) for value in found]).to(products)
-        products = self.relaxation.share.sum(products).T.view(batch, count, count + 1)
+        found = [torch.zeros(count * (count + 1), batch, dtype=torch.float64, device=device)]
+        with full_precision(device):
+            for i, site in enumerate(self.relaxation.sites):
+                turns = [move[i] for move in moves]
+                pairs = [torch.linalg.vecdot(one, other) for one in turns for other in (*turns, directions[i])]
+                found.append(site.weighted(torch.stack(pairs), batch).to(device))
+        products = self.relaxation.share.sum(torch.stack(found).sum(0)).T.view(batch, count, count + 1)
         squares, against = products[..., :-1], products[..., -1]
         size = squares.diagonal(dim1=1, dim2=2).rsqrt()
         size = torch.where(size.isinf(), 0.0, size)

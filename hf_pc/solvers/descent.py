@@ -81,14 +81,14 @@ class Descent:
         sites = self.relaxation.sites
         directions = [-site.step(gradients.pop(0)) for site in sites]
         leaves = [site.leaf.detach() for site in sites]
-        residual = self.relaxation.residual().to(stands.device)
+        if self.tolerance:
+            residual = self.relaxation.residual().to(stands.device)
+            self.residual = torch.where(stands, residual, self.residual) if self.best else residual
         if not self.best:
-            self.residual = residual
             if self.relaxation.followed:
                 for site, direction in zip(sites, directions, strict=True):
                     site.first_move = direction
         else:
-            self.residual = torch.where(stands, residual, self.residual)
             self.rate = torch.where(stands, (self.rate * GROW).clamp(max=1.0), self.rate * SHRINK)
             if not known_to_hold(stands):
                 leaves = self._mix(stands, leaves, self.best)
@@ -97,17 +97,23 @@ class Descent:
         if self.best and self.acceleration:
             steps = self.acceleration.steps((self.best, self.direction), (leaves, directions), self.rate < 1)
         self.best, self.direction = leaves, directions
-        rate = torch.where(self.converged(), torch.zeros_like(self.rate), self.rate)  # a converged sequence stays
-        full = known_to_hold(rate == 1)
-        for site, leaf, step in zip(sites, leaves, steps, strict=True):
-            site.leaf = (leaf + (step if full else step * site.column(rate))).requires_grad_()
+        rate = self.rate
+        if self.tolerance:  # a converged sequence stays
+            rate = torch.where(self.converged(), 0.0, rate)
+        if known_to_hold(rate == 1):
+            moved = [leaf + step for leaf, step in zip(leaves, steps, strict=True)]
+        else:
+            columns = self.relaxation.columns(rate)
+            moved = [torch.addcmul(*terms) for terms in zip(leaves, steps, columns, strict=True)]
+        for site, leaf in zip(sites, moved, strict=True):
+            site.leaf = leaf.requires_grad_()
 
     def converged(self) -> Tensor:
         return self.residual < self.tolerance
 
     def _mix(self, stands: Tensor, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
-        sites = self.relaxation.sites
-        return [torch.where(s.column(stands), n, o) for s, n, o in zip(sites, new, old, strict=True)]
+        columns = self.relaxation.columns(stands)
+        return [torch.where(*choice) for choice in zip(columns, new, old, strict=True)]
 
     def confirm(self) -> bool:
         """Whether the last pass stands for every sequence; if not, the leaves are the best ones again.

@@ -37,7 +37,7 @@ class ErrorSolver(Solver):
         warm = relaxation.phase.warm and relaxation.sites  # LayerDrop may leave a step without any
         descent = Descent.beside_rest(relaxation, self.tolerance, self.depth) if warm else None
         for _ in range(relaxation.passes(self.sweeps) - 1):
-            relaxation.begin(RELAX)
+            relaxation.begin(RELAX, measures=self.tolerance > 0)
             energy = forward()
             descent = descent or Descent(relaxation, self.tolerance, self.depth)
             stands = descent.judge()
@@ -52,7 +52,7 @@ class ErrorSolver(Solver):
     def _relax_fixed(self, relaxation: Relaxation, forward: Callable[[], Tensor], step: float) -> Callable[[], bool]:
         relaxation.step_size = step
         for _ in range(relaxation.passes(self.sweeps) - 1):
-            relaxation.begin(RELAX)
+            relaxation.begin(RELAX, measures=self.tolerance > 0)
             gradients = self.gradients(relaxation, forward())
             for site, gradient in zip(relaxation.sites, gradients, strict=True):
                 site.leaf = self.next_leaf(relaxation, site, gradient, step).requires_grad_()
