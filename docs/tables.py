@@ -136,6 +136,14 @@ TABLES: dict[str, dict[str, Column]] = {
         "mean": _mean_and_spread,
         **REGIME,
     },
+    "half": {
+        "rate": field("learning_rate", "g"),
+        "seed": field("seed"),
+        "perplexity": field("test_perplexity", ".3f"),
+        "relaxed_fraction": field("relaxed_fraction", ".3f"),
+        "residual": field("residual", ".3f"),
+        "refused": field("refused", ".1%"),
+    },
     "state_memory": {
         "model": field("model"),
         "blocks": field("layers"),
