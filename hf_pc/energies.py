@@ -31,10 +31,15 @@ class Energy(ABC):
     uses_prediction: bool = True
     #: whether E is zero where x = mu
     zero_at_rest: bool = True
-    #: whether E is p/2 |x - mu|^2: then a full step ends at -g/p, wherever it begins, and what goes down is g itself
+    #: whether E is p/2 |x - mu|^2: then a full step ends at -g/p, wherever it begins, and what goes down is g itself;
+    #: each class says so anew, as one that changes a method of such a class is another energy
     quadratic: bool = False
     #: whether the unit of the states is the nat, whatever the node's activity, so that relative_std counts in it
     in_nats: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.quadratic = cls.__dict__.get("quadratic", False)
 
     @abstractmethod
     def energy(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
@@ -50,6 +55,8 @@ class Energy(ABC):
 
     def gradient(self, error: Tensor, prediction: Tensor | None, precision: Tensor, signal: Tensor) -> Tensor:
         """dF/dx: dE/dx and the signal from above, g."""
+        if self.quadratic:
+            return torch.addcmul(signal, precision, error)
         return self.grad_state(error, prediction, precision) + signal
 
     def precondition(self, gradient: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
@@ -103,9 +110,6 @@ class GaussianEnergy(Energy):
 
     def grad_prediction(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
         return -precision * error
-
-    def gradient(self, error: Tensor, prediction: Tensor | None, precision: Tensor, signal: Tensor) -> Tensor:
-        return torch.addcmul(signal, precision, error)
 
     def square(self, gradient: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
         squares: Tensor = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True).square() / precision
@@ -196,9 +200,10 @@ class CategoricalEnergy(LogitEnergy):
         # of what is masked no error counts; a probability that is zero for want of digits may be none in the state
         small = torch.where(log_below.isfinite(), error.abs(), 0).amax(-1, keepdim=True) < 1
         near = torch.log1p((below * torch.expm1(error.clamp(-1, 1))).sum(-1, keepdim=True).clamp_min(-0.99))
-        far = (log_below + error).logsumexp(-1, keepdim=True)
-        ratio = error - torch.where(small, near, far)
-        state = (log_below + ratio).exp()
+        # not e less its logarithm of a sum, which has no digits left where errors have run far
+        far = (log_below + error).log_softmax(-1)
+        ratio = torch.where(small, error - near, far - log_below)
+        state = torch.where(small, log_below + ratio, far).exp()
         return torch.where((below > 0) | (state > 0), ratio, 0), below, state
 
     @staticmethod

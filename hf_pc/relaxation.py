@@ -366,7 +366,8 @@ def _on_cpu(scalars: dict[str, Tensor]) -> dict[str, Tensor]:
         by_device.setdefault(value.device, []).append(name)
     for names in by_device.values():
         values = torch.stack([scalars[name].detach() for name in names]).cpu()
-        found |= zip(names, values.unbind(), strict=True)
+        # each by itself: a view is sent to other processes with all that it is a view of
+        found |= {name: value.clone() for name, value in zip(names, values, strict=True)}
     return {name: found[name] for name in scalars}
 
 

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Laplace, Normal, kl_divergence
 
-from hf_pc.energies import ENERGIES, Energy, LearnedVarianceEnergy, LogitEnergy, relative_precision, wide
+from hf_pc.energies import (
+    ENERGIES,
+    Energy,
+    GaussianEnergy,
+    LearnedVarianceEnergy,
+    LogitEnergy,
+    relative_precision,
+    wide,
+)
 
 Family = Callable[[Tensor], Distribution]
 FAMILIES: dict[str, Family] = {
@@ -343,3 +351,27 @@ def test_a_prediction_of_few_digits(name: str, method: str) -> None:
     found = getattr(energy, method)(error, low, one)
     assert found.dtype == torch.float32
     assert torch.equal(found, getattr(energy, method)(error, low.float(), one))
+
+
+@pytest.mark.parametrize("size", [1e10, 1e17, 1e20, 1e100])
+def test_errors_of_any_size_leave_probabilities(size: float) -> None:
+    """dE/dmu of a categorical node is a difference of two distributions, however far the errors have run."""
+    mu, error = draw()
+    down = ENERGIES["categorical"]().grad_prediction(size * error, mu, torch.tensor(1.0, dtype=torch.float64))
+    expected = mu.softmax(-1) - torch.nn.functional.one_hot(error.argmax(-1), mu.shape[-1])
+    torch.testing.assert_close(down, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_what_changes_a_quadratic_energy_is_not_quadratic() -> None:
+    """The shortcuts of p/2 |x - mu|^2 are those of the class that says so, not of one that is made from it."""
+
+    class Clipped(GaussianEnergy):
+        def grad_state(self, error: Tensor, prediction: Tensor | None, precision: Tensor) -> Tensor:
+            return precision * error.clamp(-0.1, 0.1)
+
+    error, signal = draw()
+    precision = torch.tensor(2.0, dtype=torch.float64)
+    assert [cls().quadratic for cls in (GaussianEnergy, Clipped, LearnedVarianceEnergy)] == [True, False, False]
+    for energy in (GaussianEnergy(), Clipped()):
+        found = energy.gradient(error, None, precision, signal)
+        torch.testing.assert_close(found, energy.grad_state(error, None, precision) + signal)

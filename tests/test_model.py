@@ -271,3 +271,13 @@ def test_the_logits_are_gone_while_weights_learn() -> None:
     model.transformer.h[0].ln_1.weight.register_hook(lambda gradient: kept.append(logits[-1]() is not None))
     PCModel(model, PCConfig(sweeps=3, relative_std=0.5)).accumulate_grad(**batch())
     assert kept == [False]
+
+
+def test_what_was_measured_is_sent_alone() -> None:
+    """Each figure has storage of its own: another process is sent no more than the number."""
+    inputs = batch()
+    pc = PCModel(make("gpt2"), PCConfig(sweeps=3, relative_std=0.5))
+    with pc.relaxed(inputs) as relaxation:
+        pc.learning_pass(inputs)[0].backward()
+        sums = pc.observe(relaxation)
+    assert {value.untyped_storage().nbytes() for value in sums.values()} == {8}
