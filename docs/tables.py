@@ -131,7 +131,7 @@ TABLES: dict[str, dict[str, Column]] = {
     "context_256": {
         "method": lambda line: f"`{line['method']}`",
         "rate": field("learning_rate", "g"),
-        "validation loss, seed 0": field("validation_loss", ".4f"),
+        "validation loss, first seed": field("validation_loss", ".4f"),
         "test perplexity by seed": lambda line: ", ".join(f"{value:.3f}" for value in line["perplexities"]),
         "mean": _mean_and_spread,
         **REGIME,
@@ -253,11 +253,12 @@ def table(name: str) -> str:
     if not path.is_file():
         raise ValueError(f"the table {name!r} is made of docs/results/{path.name}, which there is not")
     lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
-    lines = MERGED.get(name, list)([line for line in lines if line.get("measured", True)])
+    measured = [line for line in lines if line.get("measured", True)]
+    lines = MERGED.get(name, list)(measured)
     rows: list[list[str]] = [list(TABLES[name]), ["---"] * len(TABLES[name])]
     try:
         rows += [[column(line) for column in TABLES[name].values()] for line in lines]
-        machines = "; ".join(dict.fromkeys(line["machine"] for line in lines))
+        machines = "; ".join(dict.fromkeys(line["machine"] for line in measured))
     except KeyError as error:
         raise ValueError(f"docs/results/{path.name} has a line without {error}") from None
     except TypeError:

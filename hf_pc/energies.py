@@ -32,7 +32,8 @@ class Energy(ABC):
     #: whether E is zero where x = mu
     zero_at_rest: bool = True
     #: whether E is p/2 |x - mu|^2: then a full step ends at -g/p, wherever it begins, and what goes down is g itself;
-    #: each class says so anew, as one that changes a method of such a class is another energy
+    #: each class says so anew, as one that changes a method of such a class is another energy. What it has for
+    #: `grad_state`, and in a full last step for `grad_prediction` and `observe`, is then not called
     quadratic: bool = False
     #: whether the unit of the states is the nat, whatever the node's activity, so that relative_std counts in it
     in_nats: bool = False
@@ -303,7 +304,7 @@ class LearnedVarianceEnergy(Energy):
             return
         total = reduce(torch.cat([self._gradient, torch.tensor([float(self._tokens)], dtype=torch.float64)]))
         self._gradient, self._tokens = None, 0
-        if not total[-1]:
+        if not total[-1] or not bool(total.isfinite().all()):  # as where a loss was scaled too far: no step then
             return
         self.log_std = (self.log_std - self.RATE * total[:-1] / total[-1]).clamp(-self.LIMIT, self.LIMIT)
 

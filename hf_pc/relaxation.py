@@ -303,7 +303,9 @@ class Relaxation:
     def _squares(self) -> tuple[Tensor, Tensor]:
         """|dF/dx|^2 and |g|^2 of each sequence, over all nodes, [batch]."""
         if not self.measures:
-            raise RuntimeError("the last sweep measured no gradient: without a tolerance only the first and last do")
+            raise RuntimeError(
+                "the last sweep measured no gradient: without a tolerance only those at rest and the last do"
+            )
         assert self.output_energy is not None
         device = self.output_energy.device
         squares = [torch.stack([s.gradient_square, s.signal_square]).to(device) for s in self.sites]
@@ -333,6 +335,7 @@ class Relaxation:
         """What `summary` needs, as float64 scalars that add up over batches and processes.
 
         Energies are those of the states, whichever way a sequence relaxed: signs would leave little of their mean.
+        Raises RuntimeError where `residual` does.
         """
         assert self.output_energy is not None
         gradient, signal = self._squares()

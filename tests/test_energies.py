@@ -356,10 +356,11 @@ def test_a_prediction_of_few_digits(name: str, method: str) -> None:
 @pytest.mark.parametrize("size", [1e10, 1e17, 1e20, 1e100])
 def test_errors_of_any_size_leave_probabilities(size: float) -> None:
     """dE/dmu of a categorical node is a difference of two distributions, however far the errors have run."""
-    mu, error = draw()
-    down = ENERGIES["categorical"]().grad_prediction(size * error, mu, torch.tensor(1.0, dtype=torch.float64))
-    expected = mu.softmax(-1) - torch.nn.functional.one_hot(error.argmax(-1), mu.shape[-1])
-    torch.testing.assert_close(down, expected, rtol=1e-9, atol=1e-9)
+    direction, error = draw()
+    for mu in (direction, size * direction):
+        down = ENERGIES["categorical"]().grad_prediction(size * error, mu, torch.tensor(1.0, dtype=torch.float64))
+        reached = torch.nn.functional.one_hot((mu + size * error).argmax(-1), mu.shape[-1])
+        torch.testing.assert_close(down, mu.softmax(-1) - reached, rtol=1e-9, atol=1e-9)
 
 
 def test_what_changes_a_quadratic_energy_is_not_quadratic() -> None:
@@ -375,3 +376,17 @@ def test_what_changes_a_quadratic_energy_is_not_quadratic() -> None:
     for energy in (GaussianEnergy(), Clipped()):
         found = energy.gradient(error, None, precision, signal)
         torch.testing.assert_close(found, energy.grad_state(error, None, precision) + signal)
+
+
+def test_learned_variance_takes_no_step_that_is_no_number() -> None:
+    """Errors that are not finite, as of a loss that was scaled too far, leave sigma as it was; the next step counts."""
+    energy = LearnedVarianceEnergy()
+    energy.check(torch.zeros(1, 3), "n")
+    precision = torch.tensor(1.0, dtype=torch.float64)
+    for value in (math.inf, math.nan):
+        energy.observe(torch.full((2, 3), value, dtype=torch.float64), precision)
+        energy.step(lambda total: total)
+        assert energy.state_dict() == {"log_std": [0.0, 0.0, 0.0]}
+    energy.observe(torch.full((2, 3), 2.0, dtype=torch.float64), precision)
+    energy.step(lambda total: total)
+    assert min(energy.state_dict()["log_std"]) > 0

@@ -94,7 +94,7 @@ def test_what_no_tolerance_asks_for_is_not_measured(step: Any) -> None:
     """Between the first and the last sweep gradients are moved along and not measured: asking for them is an error."""
     pc = attach(LinearChain(), sweeps=3, step_size=step)
     with pc.relaxed({"inputs": X, "labels": Y}) as relaxation:
-        with pytest.raises(RuntimeError, match="without a tolerance only the first and last"):
+        with pytest.raises(RuntimeError, match="without a tolerance only those at rest and the last"):
             relaxation.residual()
         loss, _ = pc.learning_pass({"inputs": X, "labels": Y})
         loss.backward()

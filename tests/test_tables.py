@@ -52,3 +52,20 @@ def test_a_changed_result_changes_its_page(tables: Any, tmp_path: Path, monkeypa
     readme.write_text(before.replace("state_memory", "no-such"))
     with pytest.raises(ValueError, match="'no-such'; allowed: step_cost"):
         tables.main([])
+
+
+def test_seeds_become_one_row() -> None:
+    """Lines that differ in their seed are one: perplexities by seed, the mean regime, the first seed's validation."""
+    common = {"method": "plain", "learning_rate": 0.1, "regime": "equilibrium", "machine": "a toaster"}
+    lines = [
+        common | {"seed": seed, "test_perplexity": 5.0 + seed, "relaxed_fraction": 0.1, "residual": residual}
+        | ({"validation_loss": 1.5} if seed == 0 else {})
+        for seed, residual in ((1, 0.1), (0, 0.02))
+    ]  # fmt: skip
+    alone = common | {"method": "backprop", "seed": 0, "test_perplexity": 5.0, "validation_loss": 1.4}
+    alone.pop("regime")
+    first, second = tables.over_seeds([*lines, alone])
+    assert first == alone | {"perplexities": [5.0]}
+    assert second["perplexities"] == [5.0, 6.0]
+    assert second["validation_loss"] == 1.5
+    assert (second["residual"], second["regime"]) == (pytest.approx(0.06), "relaxing")
