@@ -379,7 +379,7 @@ def test_what_changes_a_quadratic_energy_is_not_quadratic() -> None:
 
 
 def test_learned_variance_takes_no_step_that_is_no_number() -> None:
-    """Errors that are not finite, as of a loss that was scaled too far, leave sigma as it was; the next step counts."""
+    """Errors that are not finite, as of a loss scaled too far, leave sigma as it was; the next step counts."""
     energy = LearnedVarianceEnergy()
     energy.check(torch.zeros(1, 3), "n")
     precision = torch.tensor(1.0, dtype=torch.float64)

@@ -54,7 +54,7 @@ def test_a_changed_result_changes_its_page(tables: Any, tmp_path: Path, monkeypa
         tables.main([])
 
 
-def test_seeds_become_one_row() -> None:
+def test_seeds_become_one_row(tables: Any) -> None:
     """Lines that differ in their seed are one: perplexities by seed, the mean regime, the first seed's validation."""
     common = {"method": "plain", "learning_rate": 0.1, "regime": "equilibrium", "machine": "a toaster"}
     lines = [
