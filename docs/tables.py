@@ -254,10 +254,9 @@ def table(name: str) -> str:
         raise ValueError(f"the table {name!r} is made of docs/results/{path.name}, which there is not")
     lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
     measured = [line for line in lines if line.get("measured", True)]
-    lines = MERGED.get(name, list)(measured)
     rows: list[list[str]] = [list(TABLES[name]), ["---"] * len(TABLES[name])]
     try:
-        rows += [[column(line) for column in TABLES[name].values()] for line in lines]
+        rows += [[column(line) for column in TABLES[name].values()] for line in MERGED.get(name, list)(measured)]
         machines = "; ".join(dict.fromkeys(line["machine"] for line in measured))
     except KeyError as error:
         raise ValueError(f"docs/results/{path.name} has a line without {error}") from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from machine import processor
 from options import natural, positive
 from report import picture, show
 from scipy import stats
@@ -214,13 +214,6 @@ def changed(config: PCConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if value != default[name]}
 
 
-def machine(device: torch.device) -> str:
-    """What a figure was measured on."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"{platform.machine()} {device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-
-
 def _mean(regimes: list[dict[str, Any]]) -> dict[str, Any]:
     """The regime over all seeds; nothing of backprop."""
     means = {
@@ -286,29 +279,29 @@ def compare(
     curves: dict[str, list[list[float]]] = {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     setting = {n: getattr(args, n) for n in ("steps", "batch", "layers", "hidden", "heads", "sequence")}
-    setting["machine"] = machine(device)
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    setting["machine"] = f"{processor(device)}, torch {torch.__version__}{threads}"
     lines: list[dict[str, Any]] = []
     baseline: list[float] = []
 
-    def run(name: str, seed: int, rate: float) -> tuple[GPT2LMHeadModel, dict[str, Any]]:
+    def run(name: str, seed: int, rate: float) -> tuple[GPT2LMHeadModel, dict[str, Any], float]:
         model = gpt2(args, text.vocabulary, seed, device)
         given = batches(text, args, seed)
         title = f"{name}, seed {seed}, {rate:g}"
         compiles = getattr(args, "compile", False)
-        return model, train(model, methods[name], given, args.steps, rate, title, compiles)
+        facts = train(model, methods[name], given, args.steps, rate, title, compiles)
+        return model, facts, loss_of(model, text.validation, args.sequence)
 
     for name in methods:
-        rate, losses, found = tuned(
-            partial(run, name), lambda trained: loss_of(trained[0], text.validation, args.sequence), args
-        )
+        rate, losses, found = tuned(partial(run, name), lambda trained: trained[2], args)
         perplexities, regimes = [], []
-        for seed, (model, facts) in enumerate(found, args.first_seed):
+        for seed, (model, facts, validation) in enumerate(found, args.first_seed):
             curves.setdefault(name, []).append(facts.pop("losses"))
             regimes.append(facts)
             perplexities.append(math.exp(min(700.0, loss_of(model, text.test, args.sequence))))
             line = {
                 "method": name, "seed": seed, "learning_rate": rate, "test_perplexity": perplexities[-1],
-                "validation_loss": loss_of(model, text.validation, args.sequence), **facts, **setting,
+                "validation_loss": validation, **facts, **setting,
             }  # fmt: skip
             print(json.dumps(line), flush=True)
         config = methods[name]

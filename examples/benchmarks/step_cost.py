@@ -16,7 +16,6 @@ import copy
 import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from machine import processor
 from options import positive
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -181,10 +181,6 @@ def of_compiled(times: dict[tuple[int, bool], list[float]], sweeps: int) -> dict
         },
         "milliseconds_compiled": {name: round(1000 * statistics.median(times[kind, True]), 2) for name, kind in kinds},
     }
-
-
-def processor(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} {device.type}"
 
 
 def main() -> None:
