@@ -327,15 +327,20 @@ def relative_precision(prediction: Tensor, relative_std: float) -> Tensor:
     Returns:
         float32 (float64 for a float64 mu), [..., 1], detached.
     """
-    values = wide(prediction.detach())
-    mean_square: Tensor = torch.linalg.vector_norm(values, dim=-1, keepdim=True).square() / values.shape[-1]
+    norms: Tensor = torch.linalg.vector_norm(prediction.detach(), dim=-1, keepdim=True, dtype=wide_dtype(prediction))
+    mean_square = norms.square() / prediction.shape[-1]
     floor = torch.finfo(torch.float32).eps ** 2  # a prediction of zeros: finite, and far under any real activity
     return (relative_std**2 * mean_square.clamp_min(floor)).reciprocal()
 
 
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """What the errors of a node with this prediction are kept in: float32, or float64 for float64."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor in the precision in which errors are kept: float32, or float64 for float64."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    """The tensor in that precision."""
+    return tensor.to(wide_dtype(tensor))
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_pc.energies import Energy, relative_precision, wide
+from hf_pc.energies import Energy, relative_precision, wide, wide_dtype
 
 RELAX, LEARN = "relax", "learn"
 
@@ -100,7 +100,7 @@ class Strength:
             fixed = (self.relative_std * self.activity[label]) ** -2
         if fixed is None:
             return relative_precision(mu, self.relative_std)
-        return torch.full((), fixed, dtype=wide(mu).dtype, device=mu.device)
+        return torch.full((), fixed, dtype=wide_dtype(mu), device=mu.device)
 
 
 @dataclass
@@ -127,7 +127,7 @@ class Site:
         device = mu.device.type
         #: what the module computes in; a residual stream stays float32 under autocast
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else mu.dtype
-        self.error = wide(mu.new_zeros(())).expand(mu.shape)  # at rest: one zero for all
+        self.error = mu.new_zeros((), dtype=wide_dtype(mu)).expand(mu.shape)  # at rest: one zero for all
         self.leaf: Tensor
         self.prediction: Tensor | None = None
         # of phases that others follow: the errors after the first move from rest, and after the last
@@ -172,7 +172,7 @@ class Site:
 
     def squares(self, values: Tensor, batch: int) -> Tensor:
         """Sums of squares over all but the batch, [batch], float64."""
-        norms: Tensor = torch.linalg.vector_norm(wide(values).reshape(batch, -1), dim=1)
+        norms: Tensor = torch.linalg.vector_norm(values.reshape(batch, -1), dim=1, dtype=wide_dtype(values))
         return norms.double().square()
 
 
@@ -199,7 +199,8 @@ class NodeFunction(torch.autograd.Function):
         ctx.dtype = mu.dtype
         ctx.save_for_backward(error)
         # a copy where x = mu: a view could not be changed in place by what reads the node, as Falcon does
-        return mu.clone() if sweep.at_rest else (wide(mu) + error).to(mu.dtype)
+        # otherwise added in the precision of the errors and rounded once, without a copy of either in between
+        return mu.clone() if sweep.at_rest else torch.add(mu, error, out=torch.empty_like(mu))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
@@ -209,7 +210,7 @@ class NodeFunction(torch.autograd.Function):
         energy: Energy = site.node.energy
         scale = sweep.scale_of(site)
         scaled = isinstance(scale, Tensor)  # a relaxing sweep's loss is the energy itself
-        signal = wide(g) / scale if scaled else wide(g)
+        signal = g / scale if scaled else wide(g)  # a column's precision is that of the errors
         # at rest x = mu, where every divergence and both its gradients are zero
         gradient = signal if sweep.at_rest else energy.gradient(error, mu, site.precision, signal)
         if sweep.measures:

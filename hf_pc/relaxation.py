@@ -262,8 +262,11 @@ class Relaxation:
         return columns
 
     def scale_of(self, site: Site) -> Tensor | float:
-        """What g at a site is multiplied by, against nats of F: the loss's factor, and the signs of its sequences."""
-        scale = self.scale.to(site.error.device) if isinstance(self.scale, Tensor) else self.scale
+        """What g at a site is multiplied by, against nats of F, as a column: the loss's factor, and the signs of its
+        sequences."""
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            scale = scale.to(site.error).view([1] * len(site.shape))
         return scale if self.signs is None or self.mode == RELAX else scale * site.column(self.signs)
 
     def loss(self, output_energy: Tensor) -> Tensor:
