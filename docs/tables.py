@@ -92,13 +92,17 @@ def over_seeds(lines: list[Line]) -> list[Line]:
     return merged
 
 
+def _by_seed(line: Line) -> str:
+    return ", ".join(format(value, ".3f") for value in line["perplexities"])
+
+
 def _mean_and_spread(line: Line) -> str:
     values = line["perplexities"]
     return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
 
 
 #: tables with one line for each seed, and how these are made into rows
-MERGED = {"context_256": over_seeds}
+MERGED = {"context_256": over_seeds, "long": over_seeds}
 
 RELAXED = {"relaxed_fraction": of_pc("relaxed_fraction", ".3f"), "residual": of_pc("residual", ".3f")}
 REGIME = RELAXED | {"regime": of_pc("regime")}
@@ -132,7 +136,13 @@ TABLES: dict[str, dict[str, Column]] = {
         "method": lambda line: f"`{line['method']}`",
         "rate": field("learning_rate", "g"),
         "validation loss, first seed": field("validation_loss", ".4f"),
-        "test perplexity by seed": lambda line: ", ".join(f"{value:.3f}" for value in line["perplexities"]),
+        "test perplexity by seed": _by_seed,
+        "mean": _mean_and_spread,
+        **REGIME,
+    },
+    "long": {
+        "method": lambda line: f"`{line['method']}`",
+        "test perplexity by seed": _by_seed,
         "mean": _mean_and_spread,
         **REGIME,
     },

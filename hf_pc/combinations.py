@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from hf_pc.checks import SMALLEST, check_string, check_whole
-from hf_pc.learning import RULES, taken_to_zero
+from hf_pc.checks import SMALLEST, check_scale, check_string, check_whole
+from hf_pc.learning import RULES, keeps_each_sequence, taken_to_zero
 from hf_pc.solvers.base import SOLVERS, Solver
 from hf_pc.solvers.optimizers import parse_optimizer
 
@@ -26,6 +26,7 @@ def check(config: PCConfig, solver: type[Solver]) -> None:
     """Raise ValueError unless the solver can follow the configuration, whose single values are right."""
     _check_learning(config, solver)
     _check_strengths(config)
+    _check_bias_limit(config)
     _check_depth(config, solver)
     _check_energies(config)
     _check_precision(config, solver)
@@ -73,6 +74,22 @@ def _check_strengths(config: PCConfig) -> None:
         raise ValueError(
             f"PCConfig.strengths={strengths!r} is not allowed: they are too far apart, so that one carries "
             f"{min(shares):.1g} of the gradient; at least {SMALLEST_SHARE:g} is needed"
+        )
+
+
+def _check_bias_limit(config: PCConfig) -> None:
+    """`bias_limit`: that there is a controller, and a bias that it can lower."""
+    limit = config.bias_limit
+    if limit is None:
+        return
+    check_scale("PCConfig", "bias_limit", limit, upper=1.0)
+    if config.relaxed_fraction is None:
+        raise ValueError(f"PCConfig.bias_limit={limit!r} needs relaxed_fraction: no other strength is steered")
+    allowed = [rule for rule, phases in RULES.items() if keeps_each_sequence(phases)]
+    if config.learning not in allowed:
+        raise ValueError(
+            f"PCConfig.bias_limit={limit!r} needs learning={' or '.join(map(repr, allowed))}, not "
+            f"{config.learning!r}: its phases do not cancel in each sequence"
         )
 
 

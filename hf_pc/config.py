@@ -95,6 +95,9 @@ class PCConfig:
             first step, of each token's own.
         relaxed_fraction: a target for the share of the output error that relaxation changes. A controller steers
             `relative_std` to hold it, once per optimiser step.
+        bias_limit: the most `signal_bias` that this controller lets stand (see `RelaxationOutput`): over it errors are
+            penalised more, whatever relaxed_fraction asks for. For "centred", "extrapolated" and "one_sided", whose
+            phases cancel in each sequence; None lets any stand. Strong relaxation needs it, about 0.05.
         solver: the name of a registered solver.
         sweeps: passes over the network per relaxation, T >= 1, the learning pass included; a rule of `learning` with
             several phases relaxes several times. T = 1 is backprop for Gaussian nodes of the `error` solver at step 1
@@ -143,6 +146,9 @@ class PCConfig:
     relaxed_fraction: float | None = field(
         default=None,
         metadata={"help": "Target share of the output error that relaxation changes; steers relative_std."},
+    )
+    bias_limit: float | None = field(
+        default=None, metadata={"help": "Most signal_bias that a steered relaxed_fraction may reach."}
     )
     solver: str = field(default="error", metadata={"help": "How the errors relax."})
     sweeps: int = field(default=3, metadata={"help": "Passes per step, the learning pass included; 1 is backprop."})

@@ -81,6 +81,11 @@ RULES: dict[str, tuple[Phase, ...]] = {
 }
 
 
+def keeps_each_sequence(phases: Sequence[Phase]) -> bool:
+    """Whether what remains of the bias is small in each sequence, not only in the mean over sequences or labels."""
+    return len(phases) > 1 and not any(phase.mirrored or phase.own_labels for phase in phases)
+
+
 def phases_of(learning: str, strengths: Sequence[float] | None = None) -> tuple[Phase, ...]:
     """The phases of a rule; of "one_sided" at these strengths, if any are given."""
     return RULES[learning] if strengths is None else taken_to_zero(*strengths)

@@ -455,11 +455,14 @@ class PCModel:
         """Note a learned phase for `steer`, and return its measurements as sums."""
         self.solver.close(relaxation)
         sums = relaxation.sums()
-        if relaxation.phase.mirrored and relaxation.phase is self.phases[-1]:
+        last = relaxation.phase is self.phases[-1]
+        if relaxation.phase.mirrored and last:
             self.steering.count_rows(relaxation.batch)
+        if not last:  # what is learned is known once all phases are
+            sums["missed"] = torch.zeros_like(sums["missed"])
         if relaxation.phase is not self.phases[0]:
-            counted = EVERY_PHASE if not relaxation.phase.at_rest else ("sweeps",)
-            return {name: sums[name] for name in counted}
+            counted = EVERY_PHASE if not relaxation.phase.at_rest else ("sweeps", "missed")
+            sums = {name: sums[name] for name in counted}
         self.steering.observe(sums)
         return sums
 

@@ -21,7 +21,7 @@ OUTPUT_LABEL = "output"
 #: between the seeds of two devices: those of processes are one apart, and a CPU's generator knows 32 bits of a seed
 DEVICE_STRIDE = 1_000_003
 #: what every phase adds to; the rest is reported of the first phase alone
-EVERY_PHASE = ("sweeps", "tried", "refused", "residual", "sequences")
+EVERY_PHASE = ("sweeps", "tried", "refused", "residual", "sequences", "missed")
 
 
 class Share:
@@ -96,7 +96,12 @@ class Relaxation:
         self.refused = torch.zeros((), dtype=torch.float64)
         self.output_energy: Tensor | None = None  # nats times strength, without signs, [batch], of the last pass
         self.feedforward_energy: Tensor | None = None  # the same of the first pass, where every error is zero
-        self._top_signal: Tensor | None = None  # g at the last node in the feedforward pass
+        # g at the last node: in the feedforward pass, in that of the first phase, in the last measured pass; and of
+        # the phases before as much as each had part in what is learned
+        self._top_signal: Tensor | None = None
+        self._first_signal: Tensor | None = None if before is None else before._first_signal
+        self._last_signal: Tensor | None = None
+        self._learned_before: Tensor | None = None if before is None else before._learned_signal()
         self._change = self._reference = torch.zeros((), dtype=torch.float64)
         if before is not None and phase.warm:
             self._continue(before)
@@ -240,11 +245,28 @@ class Relaxation:
         site.signal_square = self._weighted_square(site, signal)
         site.gradient_square = site.signal_square if self.at_rest else self._weighted_square(site, gradient)
         if site is self.sites[-1] and self.share.top:
+            self._last_signal = signal.detach()
             if self._top_signal is None:
-                self._top_signal = signal.detach()
+                self._top_signal = self._last_signal
+                self._first_signal = self._top_signal if self._first_signal is None else self._first_signal
                 self._reference = torch.linalg.vector_norm(signal).double().square()
             else:
                 self._change = torch.linalg.vector_norm(signal - self._top_signal).double().square()
+
+    def _learned_signal(self) -> Tensor | None:
+        """What the last node's module learns from in all phases so far, in the units of the first one's g."""
+        if self._last_signal is None:
+            return None
+        learned = self.phase.weight * self._last_signal
+        return learned if self._learned_before is None else self._learned_before + learned
+
+    def _missed(self) -> Tensor:
+        """The square of what that is away from backprop's."""
+        learned = self._learned_signal()
+        if learned is None or self._first_signal is None:
+            return torch.zeros((), dtype=torch.float64)
+        missed: Tensor = torch.linalg.vector_norm(learned - self._first_signal).double().square()
+        return missed
 
     def _weighted_square(self, site: Site, values: Tensor) -> Tensor:
         per_token = site.node.energy.square(values, site.prediction, site.precision)
@@ -353,6 +375,7 @@ class Relaxation:
             "residual": _residual(gradient, signal).sum(),
             "change": self._change,
             "reference": self._reference,
+            "missed": self._missed(),
             "free_energy": self._free_energy(signed=False).sum(),
             f"energy/{OUTPUT_LABEL}": self.output_energy.detach().double().sum(),
         }
@@ -401,6 +424,11 @@ def relaxed_fraction(sums: Mapping[str, Tensor]) -> float:
     return _ratio(sums["change"].sqrt(), sums["reference"].sqrt())
 
 
+def signal_bias(sums: Mapping[str, Tensor]) -> float:
+    """|g_out(learned from) - g_out(feedforward)| / |g_out(feedforward)|, over all phases of a rule of learning."""
+    return _ratio(sums["missed"].sqrt(), sums["reference"].sqrt())
+
+
 def summary(sums: Mapping[str, Tensor]) -> dict[str, Any]:
     """Means of summed measurements: energies in nats per label token, the rest without units."""
     labels = [name.removeprefix("error_square/") for name in sums if name.startswith("error_square/")]
@@ -417,6 +445,7 @@ def summary(sums: Mapping[str, Tensor]) -> dict[str, Any]:
         },
         "residual": _ratio(sums["residual"], sums["sequences"]),
         "relaxed_fraction": relaxed_fraction(sums),
+        "signal_bias": signal_bias(sums),
         "displacement": displacement,
         "sweeps": _ratio(sums["sweeps"], sums["batches"]),
         "refused": _ratio(sums["refused"], sums["tried"]),

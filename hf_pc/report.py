@@ -19,6 +19,9 @@ class RelaxationOutput:
         energies: of each node, and of the "output", nats per label token.
         residual: |dF/de| / |g|, mean over sequences; 1 before the first move, 0 at equilibrium.
         relaxed_fraction: share of the output error that relaxation changed.
+        signal_bias: how far what the last node's module learns from is from what backprop would send there, relative
+            to that; all phases of the rule of `learning` together. Of one phase it is the relaxed_fraction; where
+            phases cancel between sequences ("mirrored", "balanced") or labels ("wake_sleep") their spread is in it.
         displacement: |e| / |mu| of each node.
         sweeps: passes run.
         refused: share of the moves of single sequences that were refused.
@@ -33,6 +36,7 @@ class RelaxationOutput:
     energies: dict[str, float]
     residual: float
     relaxed_fraction: float
+    signal_bias: float
     displacement: dict[str, float]
     sweeps: int
     refused: float

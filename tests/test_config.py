@@ -16,6 +16,7 @@ from test_invariants import make
 from hf_pc import NodeSpec, PCConfig, PCModel
 from hf_pc.config import DEFAULT_RELAXED_FRACTION
 
+LIMITED = {"learning": "one_sided", "bias_limit": 0.05}
 DRAWN = {"solver": "langevin", "relative_std": 0.3}
 
 
@@ -46,6 +47,12 @@ DRAWN = {"solver": "langevin", "relative_std": 0.3}
             {"anderson_depth": 2, "solver": "state"},
             "anderson_depth=2 needs solver='error' and .* not 'state' and 'auto'",
         ),
+        (LIMITED | {"bias_limit": 0}, "bias_limit=0 is not allowed"),
+        (LIMITED | {"bias_limit": True}, "bias_limit=True is not allowed"),
+        (LIMITED | {"bias_limit": 1.0}, "bias_limit=1.0 is not allowed: a number between 0 and 1"),
+        (LIMITED | {"relative_std": 1.0}, "bias_limit=0.05 needs relaxed_fraction"),
+        (LIMITED | {"learning": "balanced"}, "'centred' or 'extrapolated' or 'one_sided', not 'balanced'"),
+        (LIMITED | {"learning": "plain"}, "do not cancel in each sequence"),
         ({"solver": "langevin"}, "solver='langevin' needs precision or relative_std"),
         (DRAWN | {"energy": "laplace"}, "PCConfig.energy='laplace' is not allowed"),
         (DRAWN | {"attention_energy": "categorical"}, "attention_energy='categorical' is not allowed"),

@@ -12,22 +12,31 @@ from test_invariants import batch, gradients, make, worst
 from test_solvers import NODES, X, Y, backprop
 from test_trainer import trained, trainer
 
-from hf_pc import PCConfig, PCModel
+from hf_pc import PCConfig, PCModel, RelaxationOutput
 from hf_pc.learning import RULES
 from hf_pc.trainer import BackpropTrainer
 
 ORDER = {"plain": 1, "centred": 2, "extrapolated": 4, "one_sided": 4}
 
 
+def config(learning: str, precision: float, strengths: list[float] | None = None) -> PCConfig:
+    """Of a linear chain at its equilibrium."""
+    settings: dict[str, Any] = {
+        "nodes": NODES, "output": "gaussian", "learning": learning, "precision": precision, "strengths": strengths,
+    }  # fmt: skip
+    return PCConfig(**settings, sweeps=400, tolerance=1e-14)
+
+
 def distance(learning: str, precision: float, strengths: list[float] | None = None) -> float:
     """Of the gradient at equilibrium to backprop's, on a linear chain, relative."""
     model = LinearChain()
     expected = backprop(model)
-    settings: dict[str, Any] = {
-        "nodes": NODES, "output": "gaussian", "learning": learning, "precision": precision, "strengths": strengths,
-    }  # fmt: skip
-    PCModel(model, PCConfig(**settings, sweeps=400, tolerance=1e-14)).accumulate_grad(inputs=X, labels=Y)
+    PCModel(model, config(learning, precision, strengths)).accumulate_grad(inputs=X, labels=Y)
     return worst(gradients(model), expected)
+
+
+def report(learning: str, precision: float) -> RelaxationOutput:
+    return PCModel(LinearChain(), config(learning, precision)).accumulate_grad(inputs=X, labels=Y)
 
 
 @pytest.mark.parametrize("learning", ORDER)
@@ -49,6 +58,38 @@ def test_strengths_further_apart_leave_less() -> None:
     halves, further = ([ratio**k for k in range(4)] for ratio in (0.5, 0.4))
     assert distance("one_sided", 1.0, further) < 0.5 * distance("one_sided", 1.0, halves)
     assert distance("one_sided", 1.0, halves) == pytest.approx(distance("one_sided", 1.0), rel=1e-12)
+
+
+@pytest.mark.parametrize("learning", ORDER)
+def test_order_of_the_bias_at_the_last_node(learning: str) -> None:
+    """signal_bias is of the rule's order as the whole gradient's distance is; of one phase it is relaxed_fraction."""
+    found = [report(learning, precision) for precision in (10.0, 100.0)]
+    assert found[0].signal_bias / found[1].signal_bias == pytest.approx(10 ** ORDER[learning], rel=0.5)
+    assert (found[0].signal_bias == found[0].relaxed_fraction) == (learning == "plain")
+
+
+@pytest.mark.parametrize("learning", RULES)
+def test_bias_at_the_last_node(learning: str) -> None:
+    """|sum of the phases' signals, each by its weight, less backprop's| / |backprop's|: at rest the signal is -p e."""
+    model = LinearChain()
+    head, p = model.head.weight.detach(), 2.0
+    with torch.no_grad():
+        expected = (model(X)["logits"] - Y) @ head
+    pc = PCModel(model, config(learning, p))
+    signs = torch.tensor([1.0, -1.0, 1.0]).double()[:, None] if pc.phases[0].mirrored else 1
+    learned = torch.zeros_like(expected)
+    for phase in pc.phases:
+        with pc.relaxed({"inputs": X, "labels": Y}, phase=phase) as relaxation:
+            pc.learning_pass({"inputs": X, "labels": Y})[0].backward()
+            sums = pc.observe(relaxation)
+            errors = relaxation.sites[-1].leaf.detach()
+        if phase.at_rest:
+            assert pc._own_labels is not None
+            learned += (model(X)["logits"].detach() - pc._own_labels) @ head
+        else:
+            learned -= phase.weight * p * errors * signs
+    bias = (learned - expected).norm() / expected.norm()
+    assert float((sums["missed"] / (expected**2).sum()).sqrt()) == pytest.approx(float(bias), rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from test_invariants import batch, make
 from torch import Tensor, nn
 
 from hf_pc import NodeSpec, PCConfig, PCModel
+from hf_pc.steering import Steering
 
 
 @pytest.mark.parametrize("step_size", ["auto", 0.9])
@@ -171,6 +172,22 @@ def test_plain_inputs_work() -> None:
     with torch.no_grad():
         found = pc.relax(**{**inputs, "labels": inputs["labels"].int()}, return_dict=False)
     assert found.free_energy == expected
+
+
+@pytest.mark.parametrize(
+    ("fraction", "bias", "expected"),
+    [(0.25, 0.001, 2**0.25), (0.25, 0.01, 5**0.0625), (0.25, 0.05, 1.0), (0.25, 0.8, 2**-0.25), (1.0, 0.01, 2**-0.25),
+     (1.0, 0.1, 2**-0.25), (0.5, 0.0, 1.0), (float("nan"), 0.8, 1.0), (0.25, float("nan"), 1.0)],
+)  # fmt: skip
+def test_steering_lets_go_of_the_target(fraction: float, bias: float, expected: float) -> None:
+    """relative_std goes up by the fourth root of the target over what the batches of a step measured; of four phases at
+    most by the sixteenth root of the limit over their bias; not at all where either is no number."""
+    steering = Steering(PCConfig(relaxed_fraction=0.5, learning="one_sided", bias_limit=0.05))
+    squares = {"change": fraction**2, "reference": 1.0, "missed": bias**2}
+    for _ in range(2):
+        steering.observe({name: torch.tensor(3 * value, dtype=torch.float64) for name, value in squares.items()})
+    steering.step(lambda total: total, steers=True)
+    assert steering.relative_std / 0.2 == pytest.approx(expected, rel=1e-12)
 
 
 def test_steering_without_anything_to_steer() -> None:

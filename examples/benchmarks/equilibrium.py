@@ -19,7 +19,7 @@ from language import arguments, compare
 from options import natural, positive
 
 from hf_pc import PCConfig
-from hf_pc.learning import RULES
+from hf_pc.learning import RULES, keeps_each_sequence
 
 DEFAULTS = {"steps": 1000, "batch": 16, "layers": 6, "hidden": 128, "heads": 4, "sequence": 64, "sweeps": 3,
             "seeds": 3, "learning_rates": [2e-3, 4e-3, 8e-3, 1.6e-2],
@@ -30,12 +30,13 @@ def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:
     """Backprop; at every target of relaxed_fraction every rule, the solvers that move states, and incremental PC."""
     found: dict[str, PCConfig | None] = {"backprop": None}
     for target in args.relaxed_fractions:
-        for rule in RULES:
+        for rule, phases in RULES.items():
             strengths = args.strengths if rule == "one_sided" else None
             found[f"{rule}_{target:g}"] = PCConfig(
                 learning=rule,
                 strengths=strengths,
                 relaxed_fraction=target,
+                bias_limit=args.bias_limit if keeps_each_sequence(phases) else None,
                 sweeps=args.sweeps,  # type: ignore[arg-type]
                 anderson_depth=args.anderson_depth,
                 compile=args.compile,
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--relaxed_fractions", type=float, nargs="+", default=[0.1, 0.3])
     parser.add_argument("--state_sweeps", type=positive, default=20, help="of the solvers that move states")
     parser.add_argument("--strengths", type=float, nargs="+", help="of one_sided, from 1 down")
+    parser.add_argument("--bias_limit", type=float, help="of the rules whose phases cancel in each sequence")
     parser.add_argument("--anderson_depth", type=natural, default=1, help="of the rules of learning")
     args = parser.parse_args(argv)
     return compare(methods(args), characters(args), args)

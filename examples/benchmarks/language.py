@@ -31,6 +31,8 @@ from hf_pc.output import Output
 from hf_pc.placement import resolve
 from hf_pc.relaxation import regime
 
+#: what is reported of a training, the mean over its steps
+REGIME = ("relaxed_fraction", "residual", "signal_bias", "refused", "sweeps")
 Batch = dict[str, Tensor]
 Found = TypeVar("Found")
 
@@ -175,15 +177,16 @@ def train(
             losses.append(loss)
             if found is not None:
                 first = first or {"relaxed_fraction": found.relaxed_fraction, "displacement": found.displacement}
-                facts.append((found.relaxed_fraction, found.residual, found.refused, found.sweeps))
+                facts.append(tuple(getattr(found, name) for name in REGIME))
             moved(model, optimizer)
             schedule.step()
     if pc is None:
         return {"losses": losses}
     pc.detach()
-    fraction, residual, refused, sweeps = (statistics.fmean(values) for values in zip(*facts, strict=True))
-    return {"relaxed_fraction": fraction, "residual": residual, "refused": refused, "sweeps": sweeps,
-            "regime": regime(fraction, residual), "first_batch": first, "losses": losses}  # fmt: skip
+    means = {name: statistics.fmean(values) for name, values in zip(REGIME, zip(*facts, strict=True), strict=True)}
+    return means | {
+        "regime": regime(means["relaxed_fraction"], means["residual"]), "first_batch": first, "losses": losses
+    }  # fmt: skip
 
 
 def step_ratio(model: GPT2LMHeadModel, config: PCConfig, text: Text, args: argparse.Namespace, pairs: int) -> float:

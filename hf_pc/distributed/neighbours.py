@@ -19,7 +19,7 @@ from hf_pc.processes import gathered, process_count, process_index
 from hf_pc.relaxation import OUTPUT_LABEL, Share
 
 #: of `Relaxation.sums` what each process measured of its own nodes; the rest is the same on all of them
-ADDED = ("change", "reference", f"energy/{OUTPUT_LABEL}")
+ADDED = ("change", "reference", "missed", f"energy/{OUTPUT_LABEL}")
 
 
 @dataclass
