@@ -16,7 +16,8 @@ from transformers import Trainer
 from transformers.trainer_utils import sort_checkpoints
 
 from hf_pc.config import PCConfig, read_json_file
-from hf_pc.model import STATE_NAME, PCModel
+from hf_pc.model import PCModel
+from hf_pc.saving import STATE_NAME
 from hf_pc.steering import check_state
 
 _TrainerPart: Any = Trainer if TYPE_CHECKING else object

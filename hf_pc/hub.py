@@ -19,7 +19,7 @@ except ImportError:
     from httpx import TransportError  # type: ignore[import-not-found, no-redef]
 
 if TYPE_CHECKING:
-    from hf_pc.model import PCModel
+    from hf_pc.saving import SavingMixin
 
 CARD = "README.md"
 
@@ -56,7 +56,7 @@ def explained(repo_id: str, token: str | None = None, revision: str | None = Non
 
 
 def push(
-    pc: PCModel, repo_id: str, save: Callable[[str], None], *, commit_message: str = "Upload model",
+    pc: SavingMixin, repo_id: str, save: Callable[[str], None], *, commit_message: str = "Upload model",
     private: bool | None = None, token: str | None = None, revision: str | None = None,
 ) -> Any:  # fmt: skip
     """Create the repository if needed and upload what `save` writes in one commit; returns the commit's info.
@@ -87,7 +87,7 @@ def push_run(folder: Path, repo_id: str, token: str | None = None) -> None:
         HfApi(token=token).upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=left_out)
 
 
-def _write_card(pc: PCModel, folder: Path, repo_id: str) -> None:
+def _write_card(pc: SavingMixin, folder: Path, repo_id: str) -> None:
     if (folder / CARD).is_file():  # PEFT's
         extend_card(folder / CARD, pc.config)
         return

@@ -1,4 +1,4 @@
-"""`PCModel`: attaches PC nodes to a Hugging Face model, relaxes batches, saves and loads.
+"""`PCModel`: attaches PC nodes to a Hugging Face model and relaxes batches (`hf_pc.saving`: saves and loads).
 
 The wrapper holds the model and is no nn.Module itself: class, configuration, parameters and checkpoints stay those
 of transformers, and a detached or merely evaluated model computes bit for bit what it did before. (While attention
@@ -7,14 +7,11 @@ logits are nodes it computes them by eager attention, whose rounding may differ.
 
 from __future__ import annotations
 
-import json
-import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_pc.attention import AttentionNodes
 from hf_pc.compilation import compile_forwards
-from hf_pc.config import PCConfig, read_json
+from hf_pc.config import PCConfig
 from hf_pc.learning import PLAIN, Phase, phases_of
 from hf_pc.node import LEARN, RELAX, Node, Strength
 from hf_pc.output import Output, auxiliary_loss, evaluating, routes
@@ -32,15 +29,15 @@ from hf_pc.relaxation import EVERY_PHASE, Relaxation, Share, add_sums, summary
 from hf_pc.report import RelaxationOutput
 from hf_pc.reuse import FirstPrediction
 from hf_pc.rng import RandomState
+from hf_pc.saving import SavingMixin
 from hf_pc.solvers import SOLVERS
-from hf_pc.steering import Steering, check_state
+from hf_pc.steering import Steering
 
 #: modules that are nodes of some PCModel
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-STATE_NAME = "pc_state.json"
 
 
-class PCModel:
+class PCModel(SavingMixin):
     """A Hugging Face model whose blocks are PC nodes.
 
     Args:
@@ -187,39 +184,23 @@ class PCModel:
                 f"relaxation_dtype={self.config.relaxation_dtype!r} is not allowed under autocast, where the learning "
                 "pass has no more precision than the sweeps"
             )
-        first = phase is self.phases[0] or phase is PLAIN
+        first = self._begins_with(phase)
         if first:
             self._before = None
             self._first_prediction.forget()
         batch, labels = self._split(inputs, phase)
-        count = labels.ne(-100).sum()
         routed = routes(self.model, batch)  # a router's losses are gathered inside the blocks
-        strength = Strength(self.config.precision, self.relative_std, self.steering.activity)
-        signs = self.steering.signs(len(labels), labels.device) if phase.mirrored else None
+        forward = self.model if weight_step is None or forward is None else forward
         over = True  # also where an exception ends the step
         try:
-            self.relaxation = Relaxation(
-                len(labels), count, strength, self.solver.join, phase, self._before, signs, self.share
-            )
-            if not self.output.keep_labels:  # the mask of an encoder is none of its decoder
-                self.relaxation.note_padding(batch.get("attention_mask"))
-            forward = self.model if weight_step is None or forward is None else forward
             self._sharded = is_sharded(self.model)
             together = self._sharded or (weight_step is not None and process_count() > 1)
-            if together:  # every pass is a meeting of all processes
-                device = next(self.model.parameters()).device
-                self.relaxation.agree = lambda holds: everywhere(holds, device)
+            self.relaxation = self._begin(batch, labels, phase, together)
             # a sharded model gathers a block for one backward pass through it, which pieces would not be
             self.relaxation.pieces = not self._sharded and forward is self.model
-            self.relaxation.lower = self._lower
-            self.relaxation.followed = first and any(other.warm for other in self.phases)
             # what waits at a site is taken up by the last phase, if that has the same sites
             later = not self._ends_with(phase) and all(other.warm for other in self.phases[1:])
             self._defers = later and not routed
-            self.relaxation.weights = [p for p in self.model.parameters() if p.requires_grad]
-            if first and (self.solver.draws or any(phase.own_labels for phase in self.phases)):
-                # before the generator is noted: what is restored in every pass would give every step the same draw
-                self.relaxation.seed = int(torch.randint(2**62, ())) + process_index()
             if first:  # the phases of a step see the same dropout masks
                 self._dropout_state = RandomState(p.device for p in self.model.parameters())
             self._random = self._dropout_state
@@ -244,6 +225,30 @@ class PCModel:
             self._states = {}
             if over:
                 self._first_prediction.forget()
+
+    def _begin(self, batch: Mapping[str, Any], labels: Tensor, phase: Phase, together: bool) -> Relaxation:
+        """The relaxation of a phase; `together` where every pass is a meeting of all processes."""
+        strength = Strength(self.config.precision, self.relative_std, self.steering.activity)
+        signs = self.steering.signs(len(labels), labels.device) if phase.mirrored else None
+        count = labels.ne(-100).sum()
+        relaxation = Relaxation(len(labels), count, strength, self.solver.join, phase, self._before, signs, self.share)
+        if not self.output.keep_labels:  # the mask of an encoder is none of its decoder
+            relaxation.note_padding(batch.get("attention_mask"))
+        if together:
+            device = next(self.model.parameters()).device
+            relaxation.agree = lambda holds: everywhere(holds, device)
+        first = self._begins_with(phase)
+        relaxation.lower = self._lower
+        relaxation.followed = first and any(other.warm for other in self.phases)
+        relaxation.weights = [p for p in self.model.parameters() if p.requires_grad]
+        if first and (self.solver.draws or any(other.own_labels for other in self.phases)):
+            # before the generator is noted: what is restored in every pass would give every step the same draw
+            relaxation.seed = int(torch.randint(2**62, ())) + process_index()
+        return relaxation
+
+    def _begins_with(self, phase: Phase) -> bool:
+        """Whether a step begins with this phase."""
+        return phase is PLAIN or phase is self.phases[0]
 
     def _ends_with(self, phase: Phase) -> bool:
         """Whether a step is over after this phase."""
@@ -480,75 +485,6 @@ class PCModel:
     def relative_std(self) -> float:
         """What steering holds now: sigma as a multiple of each node's activity."""
         return self.steering.relative_std
-
-    def state_dict(self) -> dict[str, Any]:
-        """What steering and the energies have learned, for an exact resume; ready for JSON."""
-        energies = dict(self._attention.states) if self._attention else {}
-        energies |= {node.name: state for node in self.nodes if (state := node.energy.state_dict())}
-        return self.steering.state_dict() | ({"energies": energies} if energies else {})
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`. Raises ValueError on anything else."""
-        check_state(state)
-        self.steering.load_state_dict(state)
-        energies = state.get("energies", {})
-        for node in self.nodes:
-            node.energy.load_state_dict(energies.get(node.name, {}))
-        if self._attention:
-            self._attention.states = {name: value for name, value in energies.items() if name.endswith(".logits")}
-
-    def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write the model as transformers does, and `pc_config.json` and `pc_state.json` beside it."""
-        self.model.save_pretrained(folder, **kwargs)  # type: ignore[operator]
-        self.config.save_pretrained(folder)
-        self.save_state(Path(folder))
-
-    def save_state(self, folder: Path) -> None:
-        """Write `state_dict` to `pc_state.json` in a folder."""
-        (folder / STATE_NAME).write_text(json.dumps(self.state_dict()) + "\n", encoding="utf-8")
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_repo: str | os.PathLike[str],
-        auto_class: Any = None,
-        config: PCConfig | None = None,
-        **kwargs: Any,
-    ) -> PCModel:
-        """Load weights with `auto_class.from_pretrained` and attach the nodes of its `pc_config.json`.
-
-        What steering had learned is taken up again from `pc_state.json`, where there is one.
-
-        Args:
-            path_or_repo: a folder or a Hub repository.
-            auto_class: such as AutoModelForCausalLM, the default.
-            config: used instead of `pc_config.json`.
-            kwargs: for `auto_class.from_pretrained`; revision, token, cache_dir and subfolder go to both.
-        """
-        from transformers import AutoModelForCausalLM
-
-        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder") if k in kwargs}
-        found = None if config else read_json(path_or_repo, STATE_NAME, **hub)
-        config = config or PCConfig.from_pretrained(path_or_repo, **hub)
-        pc = cls((auto_class or AutoModelForCausalLM).from_pretrained(path_or_repo, **kwargs), config)
-        if found is not None:
-            pc.load_state_dict(found)
-        return pc
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Create the repository if needed and upload model, `pc_config.json` and card in one commit; see `hf_pc.hub`.
-
-        Args:
-            options: commit_message, private, token, revision (a branch).
-
-        Raises:
-            ConnectionError: the connection was lost; nothing is half done, and a second call does the rest.
-            PermissionError: the token may not write there.
-            FileNotFoundError: the repository has no such branch.
-        """
-        from hf_pc.hub import push
-
-        return push(self, repo_id, self.save_pretrained, **options)
 
 
 class _NothingToRelax(Exception):  # noqa: N818

@@ -22,6 +22,7 @@ from hf_pc.checkpoints import CheckpointMixin
 from hf_pc.config import PCConfig
 from hf_pc.diagnostics.curvature import largest_curvature
 from hf_pc.heatmap import EnergyHeatmap
+from hf_pc.learning import keeps_each_sequence, phases_of
 from hf_pc.model import PCModel
 from hf_pc.placement import resolve
 from hf_pc.processes import gathered, is_sharded, naming_the_lost, reducing
@@ -33,6 +34,8 @@ from hf_pc.token_loss import BackpropSeq2SeqTrainer, BackpropTrainer, TokenLossM
 logger = logging.getLogger(__name__)
 #: lambda_max, in precisions, over which a relaxation is running away
 RUNAWAY_CURVATURE = 20.0
+#: signal_bias over which the phases of a rule that keeps each sequence's gradient no longer do so
+RUNAWAY_BIAS = 0.2
 
 
 class NonFiniteEnergyError(RuntimeError):
@@ -232,10 +235,21 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds, to each training log, the means since the last one: free energy, energy per node (nats per label
-        token), residual, relaxed_fraction, displacement, sweeps, share of refused sweeps, relative_std."""
+        token), residual, relaxed_fraction, signal_bias, displacement, sweeps, share of refused sweeps, relative_std.
+        """
         if "loss" in logs and self._window:
             logs.update(self._means())
+            self._warn_of_bias(logs["signal_bias"])
         super().log(logs, *args, **kwargs)
+
+    def _warn_of_bias(self, bias: float) -> None:
+        rule = self.pc_config.learning
+        if bias > RUNAWAY_BIAS and keeps_each_sequence(phases_of(rule, self.pc_config.strengths)):
+            logger.warning(
+                "step %d: signal_bias is %.2g; over %g the phases of learning=%r no longer cancel, and runs go "
+                "astray: give a bias_limit, such as 0.05, or lower relaxed_fraction",
+                self.state.global_step, bias, RUNAWAY_BIAS, rule,
+            )  # fmt: skip
 
     def _means(self) -> dict[str, float]:
         names = list(self._window)

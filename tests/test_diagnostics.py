@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,3 +70,16 @@ def test_the_trainer_logs_and_warns(
     assert len([entry for entry in probed.state.log_history if "curvature" in entry]) == 2
     assert "largest curvature" in caplog.text
     assert all((a == b).all() for a, b in zip(plain.model.parameters(), probed.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("learning", "warns"), [("one_sided", True), ("balanced", False), ("plain", False)])
+def test_the_trainer_warns_of_bias(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, learning: Any, warns: bool
+) -> None:
+    """Each log has the signal_bias; over the threshold it is warned of where phases should cancel in each sequence."""
+    monkeypatch.setattr("hf_pc.trainer.RUNAWAY_BIAS", 1e-9)
+    run = trainer(tmp_path, PCConfig(relaxed_fraction=0.1, learning=learning), max_steps=2)
+    with caplog.at_level(logging.WARNING, logger="hf_pc.trainer"):
+        run.train()
+    assert len([entry for entry in run.state.log_history if entry.get("signal_bias", 0) > 0]) == 2
+    assert ("no longer cancel" in caplog.text) == warns

@@ -30,28 +30,20 @@ def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:
     """Backprop; at every target of relaxed_fraction every rule, the solvers that move states, and incremental PC."""
     found: dict[str, PCConfig | None] = {"backprop": None}
     for target in args.relaxed_fractions:
+        common: dict[str, Any] = {"relaxed_fraction": target, "compile": args.compile}
         for rule, phases in RULES.items():
-            strengths = args.strengths if rule == "one_sided" else None
             found[f"{rule}_{target:g}"] = PCConfig(
-                learning=rule,
-                strengths=strengths,
-                relaxed_fraction=target,
+                learning=rule,  # type: ignore[arg-type]
+                strengths=args.strengths if rule == "one_sided" else None,
                 bias_limit=args.bias_limit if keeps_each_sequence(phases) else None,
-                sweeps=args.sweeps,  # type: ignore[arg-type]
+                sweeps=args.sweeps,
                 anderson_depth=args.anderson_depth,
-                compile=args.compile,
+                **common,
             )
+        common["sweeps"] = args.state_sweeps
         for solver in ("state", "lagrangian"):
-            found[f"{solver}_{target:g}"] = PCConfig(
-                solver=solver, relaxed_fraction=target, sweeps=args.state_sweeps, compile=args.compile
-            )
-        found[f"incremental_{target:g}"] = PCConfig(
-            solver="state",
-            weight_update="every_sweep",
-            relaxed_fraction=target,
-            sweeps=args.state_sweeps,
-            compile=args.compile,
-        )
+            found[f"{solver}_{target:g}"] = PCConfig(solver=solver, **common)
+        found[f"incremental_{target:g}"] = PCConfig(solver="state", weight_update="every_sweep", **common)
     return found
 
 

@@ -31,8 +31,10 @@ from options import positive
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_pc import PCConfig, PCModel
+from hf_pc.compilation import compile_forwards
 from hf_pc.output import Output
-from hf_pc.placement import blocks
+from hf_pc.placement import resolve
+from hf_pc.relaxation import summary
 
 SETTING = ("model", "solver", "layers", "hidden", "sequence", "batch", "vocab", "threads", "mixed_precision",
            "optimizer", "seed")  # fmt: skip
@@ -88,10 +90,8 @@ def predictive_coding(pc: PCModel, inputs: dict[str, torch.Tensor]) -> dict[str,
         loss = pc.learning_pass(inputs)[0]  # without the logits, which backprop has no more at this point
         (loss / relaxation.tokens).backward()
         sums = pc.observe(relaxation)
-    return {
-        "relaxed_fraction": float((sums["change"] / sums["reference"]).sqrt()),
-        "residual": float(sums["residual"] / sums["sequences"]),
-    }
+    facts = summary(sums)
+    return {name: facts[name] for name in ("relaxed_fraction", "residual")}
 
 
 def stepper(
@@ -103,8 +103,7 @@ def stepper(
     config = PCConfig(relative_std=0.2, sweeps=sweeps, solver=args.solver, compile=compiled) if sweeps else None
     pc = PCModel(model, config) if config else None
     if compiled and not sweeps:
-        for block in blocks(model).values():
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        compile_forwards(resolve(model, PCConfig()), active=lambda: True)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6) if args.optimizer else None
 

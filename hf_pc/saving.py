@@ -1,0 +1,103 @@
+"""How a PCModel is saved, loaded and pushed: the model's own files, `pc_config.json` and `pc_state.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import nn
+
+from hf_pc.attention import AttentionNodes
+from hf_pc.config import PCConfig, read_json
+from hf_pc.node import Node
+from hf_pc.steering import Steering, check_state
+
+STATE_NAME = "pc_state.json"
+
+
+class SavingMixin:
+    """The part of `hf_pc.PCModel` that outlasts a process."""
+
+    model: nn.Module
+    config: PCConfig
+    steering: Steering
+    _attention: AttentionNodes | None
+
+    if TYPE_CHECKING:
+
+        def __init__(self, model: nn.Module, config: PCConfig | None = None) -> None: ...
+
+        @property
+        def nodes(self) -> list[Node]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What steering and the energies have learned, for an exact resume; ready for JSON."""
+        energies = dict(self._attention.states) if self._attention else {}
+        energies |= {node.name: state for node in self.nodes if (state := node.energy.state_dict())}
+        return self.steering.state_dict() | ({"energies": energies} if energies else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`. Raises ValueError on anything else."""
+        check_state(state)
+        self.steering.load_state_dict(state)
+        energies = state.get("energies", {})
+        for node in self.nodes:
+            node.energy.load_state_dict(energies.get(node.name, {}))
+        if self._attention:
+            self._attention.states = {name: value for name, value in energies.items() if name.endswith(".logits")}
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write the model as transformers does, and `pc_config.json` and `pc_state.json` beside it."""
+        self.model.save_pretrained(folder, **kwargs)  # type: ignore[operator]
+        self.config.save_pretrained(folder)
+        self.save_state(Path(folder))
+
+    def save_state(self, folder: Path) -> None:
+        """Write `state_dict` to `pc_state.json` in a folder."""
+        (folder / STATE_NAME).write_text(json.dumps(self.state_dict()) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | os.PathLike[str],
+        auto_class: Any = None,
+        config: PCConfig | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load weights with `auto_class.from_pretrained` and attach the nodes of its `pc_config.json`.
+
+        What steering had learned is taken up again from `pc_state.json`, where there is one.
+
+        Args:
+            path_or_repo: a folder or a Hub repository.
+            auto_class: such as AutoModelForCausalLM, the default.
+            config: used instead of `pc_config.json`.
+            kwargs: for `auto_class.from_pretrained`; revision, token, cache_dir and subfolder go to both.
+        """
+        from transformers import AutoModelForCausalLM
+
+        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder") if k in kwargs}
+        found = None if config else read_json(path_or_repo, STATE_NAME, **hub)
+        config = config or PCConfig.from_pretrained(path_or_repo, **hub)
+        pc = cls((auto_class or AutoModelForCausalLM).from_pretrained(path_or_repo, **kwargs), config)
+        if found is not None:
+            pc.load_state_dict(found)
+        return pc
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Create the repository if needed and upload model, `pc_config.json` and card in one commit; see `hf_pc.hub`.
+
+        Args:
+            options: commit_message, private, token, revision (a branch).
+
+        Raises:
+            ConnectionError: the connection was lost; nothing is half done, and a second call does the rest.
+            PermissionError: the token may not write there.
+            FileNotFoundError: the repository has no such branch.
+        """
+        from hf_pc.hub import push
+
+        return push(self, repo_id, self.save_pretrained, **options)
