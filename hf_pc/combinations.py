@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from hf_pc.checks import SMALLEST, check_scale, check_string, check_whole
-from hf_pc.learning import RULES, keeps_each_sequence, taken_to_zero
+from hf_pc.learning import RULES, cancels_in_each_sequence, taken_to_zero
 from hf_pc.solvers.base import SOLVERS, Solver
 from hf_pc.solvers.optimizers import parse_optimizer
 
@@ -85,11 +85,11 @@ def _check_bias_limit(config: PCConfig) -> None:
     check_scale("PCConfig", "bias_limit", limit, upper=1.0)
     if config.relaxed_fraction is None:
         raise ValueError(f"PCConfig.bias_limit={limit!r} needs relaxed_fraction: no other strength is steered")
-    allowed = [rule for rule, phases in RULES.items() if keeps_each_sequence(phases)]
+    allowed = [rule for rule, phases in RULES.items() if cancels_in_each_sequence(phases)]
     if config.learning not in allowed:
         raise ValueError(
             f"PCConfig.bias_limit={limit!r} needs learning={' or '.join(map(repr, allowed))}, not "
-            f"{config.learning!r}: its phases do not cancel in each sequence"
+            f"{config.learning!r}, which has no phases whose bias cancels in each sequence"
         )
 
 

@@ -339,7 +339,7 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor in that precision."""
+    """The tensor in the precision in which errors are kept, see `wide_dtype`."""
     return tensor.to(wide_dtype(tensor))
 
 

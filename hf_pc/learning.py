@@ -81,8 +81,8 @@ RULES: dict[str, tuple[Phase, ...]] = {
 }
 
 
-def keeps_each_sequence(phases: Sequence[Phase]) -> bool:
-    """Whether what remains of the bias is small in each sequence, not only in the mean over sequences or labels."""
+def cancels_in_each_sequence(phases: Sequence[Phase]) -> bool:
+    """Whether the bias of phases cancels in each sequence, and not only in the mean over sequences or labels."""
     return len(phases) > 1 and not any(phase.mirrored or phase.own_labels for phase in phases)
 
 

@@ -460,13 +460,14 @@ class PCModel(SavingMixin):
         """Note a learned phase for `steer`, and return its measurements as sums."""
         self.solver.close(relaxation)
         sums = relaxation.sums()
-        last = relaxation.phase is self.phases[-1]
-        if relaxation.phase.mirrored and last:
+        phase = relaxation.phase
+        ends = self._ends_with(phase)
+        if phase.mirrored and ends:
             self.steering.count_rows(relaxation.batch)
-        if not last:  # what is learned is known once all phases are
-            sums["missed"] = torch.zeros_like(sums["missed"])
-        if relaxation.phase is not self.phases[0]:
-            counted = EVERY_PHASE if not relaxation.phase.at_rest else ("sweeps", "missed")
+        if not ends:  # what is learned is known once all phases are
+            sums["bias"] = torch.zeros_like(sums["bias"])
+        if not self._begins_with(phase):
+            counted = EVERY_PHASE if not phase.at_rest else ("sweeps", "bias")
             sums = {name: sums[name] for name in counted}
         self.steering.observe(sums)
         return sums

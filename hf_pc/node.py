@@ -199,7 +199,7 @@ class NodeFunction(torch.autograd.Function):
         ctx.dtype = mu.dtype
         ctx.save_for_backward(error)
         # a copy where x = mu: a view could not be changed in place by what reads the node, as Falcon does
-        # otherwise added in the precision of the errors and rounded once, without a copy of either in between
+        # otherwise added in the precision of the errors and rounded once; on a GPU without a copy of either in between
         return mu.clone() if sweep.at_rest else torch.add(mu, error, out=torch.empty_like(mu))
 
     @staticmethod
@@ -221,6 +221,8 @@ class NodeFunction(torch.autograd.Function):
             down = signal
         else:
             down = gradient + energy.grad_prediction(error, mu, site.precision)
+        if sweep.mode == LEARN:
+            sweep.note_learned(site, down)
         down = g if down is signal else (down * scale if scaled else down).to(ctx.dtype)
         if sweep.mode == LEARN and site is sweep.sites[0]:
             down = down if site.waiting is None else down + site.waiting

@@ -7,6 +7,7 @@ loss is divided once, by whoever knows how many tokens the whole optimiser step 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from hf_pc.energies import wide
 from hf_pc.learning import PLAIN, Phase
-from hf_pc.node import RELAX, Boundary, LossScale, Node, Site, Strength
+from hf_pc.node import LEARN, RELAX, Boundary, LossScale, Node, Site, Strength
 
 OUTPUT_LABEL = "output"
 #: between the seeds of two devices: those of processes are one apart, and a CPU's generator knows 32 bits of a seed
 DEVICE_STRIDE = 1_000_003
+#: under this relaxed_fraction a step is backprop's in all but name
+BACKPROP_LIKE = 0.02
 #: what every phase adds to; the rest is reported of the first phase alone
-EVERY_PHASE = ("sweeps", "tried", "refused", "residual", "sequences", "missed")
+EVERY_PHASE = ("sweeps", "tried", "refused", "residual", "sequences", "bias")
 
 
 class Share:
@@ -96,12 +99,13 @@ class Relaxation:
         self.refused = torch.zeros((), dtype=torch.float64)
         self.output_energy: Tensor | None = None  # nats times strength, without signs, [batch], of the last pass
         self.feedforward_energy: Tensor | None = None  # the same of the first pass, where every error is zero
-        # g at the last node: in the feedforward pass, in that of the first phase, in the last measured pass; and of
-        # the phases before as much as each had part in what is learned
+        # g at the last node where every error is zero, in units of this phase's strength
         self._top_signal: Tensor | None = None
+        # the same of the first phase, whose strength is 1
         self._first_signal: Tensor | None = None if before is None else before._first_signal
-        self._last_signal: Tensor | None = None
-        self._learned_before: Tensor | None = None if before is None else before._learned_signal()
+        # what the module of the last node learns from in all phases so far
+        self._learned_before: Tensor | None = None if before is None else before._learned
+        self._learned: Tensor | None = None
         self._change = self._reference = torch.zeros((), dtype=torch.float64)
         if before is not None and phase.warm:
             self._continue(before)
@@ -245,28 +249,26 @@ class Relaxation:
         site.signal_square = self._weighted_square(site, signal)
         site.gradient_square = site.signal_square if self.at_rest else self._weighted_square(site, gradient)
         if site is self.sites[-1] and self.share.top:
-            self._last_signal = signal.detach()
             if self._top_signal is None:
-                self._top_signal = self._last_signal
-                self._first_signal = self._top_signal if self._first_signal is None else self._first_signal
+                self._top_signal = signal.detach()
+                if self._first_signal is None:
+                    self._first_signal = self._top_signal
                 self._reference = torch.linalg.vector_norm(signal).double().square()
             else:
                 self._change = torch.linalg.vector_norm(signal - self._top_signal).double().square()
 
-    def _learned_signal(self) -> Tensor | None:
-        """What the last node's module learns from in all phases so far, in the units of the first one's g."""
-        if self._last_signal is None:
-            return None
-        learned = self.phase.weight * self._last_signal
-        return learned if self._learned_before is None else self._learned_before + learned
+    def note_learned(self, site: Site, signal: Tensor) -> None:
+        """Note what the module of a site learns from in a pass, in nats; that of the last node is kept."""
+        if site is self.sites[-1] and self.share.top:
+            learned = self.phase.weight * signal.detach()
+            self._learned = learned if self._learned_before is None else self._learned_before + learned
 
-    def _missed(self) -> Tensor:
-        """The square of what that is away from backprop's."""
-        learned = self._learned_signal()
-        if learned is None or self._first_signal is None:
+    def _bias(self) -> Tensor:
+        """|what the last node's module learned from - g of a feedforward pass|^2, over all phases so far."""
+        if self._learned is None or self._first_signal is None:
             return torch.zeros((), dtype=torch.float64)
-        missed: Tensor = torch.linalg.vector_norm(learned - self._first_signal).double().square()
-        return missed
+        bias: Tensor = torch.linalg.vector_norm(self._learned - self._first_signal).double().square()
+        return bias
 
     def _weighted_square(self, site: Site, values: Tensor) -> Tensor:
         per_token = site.node.energy.square(values, site.prediction, site.precision)
@@ -375,10 +377,11 @@ class Relaxation:
             "residual": _residual(gradient, signal).sum(),
             "change": self._change,
             "reference": self._reference,
-            "missed": self._missed(),
             "free_energy": self._free_energy(signed=False).sum(),
             f"energy/{OUTPUT_LABEL}": self.output_energy.detach().double().sum(),
         }
+        if self.mode == LEARN:
+            sums["bias"] = self._bias()
         for site in self.sites:
             sums[f"energy/{site.label}"] = site.energy.sum()
             sums[f"error_square/{site.label}"] = site.squares(site.error.detach(), self.batch).sum()
@@ -425,8 +428,9 @@ def relaxed_fraction(sums: Mapping[str, Tensor]) -> float:
 
 
 def signal_bias(sums: Mapping[str, Tensor]) -> float:
-    """|g_out(learned from) - g_out(feedforward)| / |g_out(feedforward)|, over all phases of a rule of learning."""
-    return _ratio(sums["missed"].sqrt(), sums["reference"].sqrt())
+    """|what the last node's module learned from - g_out(feedforward)| / |g_out(feedforward)|, over all phases of a
+    rule of learning; nan where nothing was learned."""
+    return _ratio(sums["bias"].sqrt(), sums["reference"].sqrt()) if "bias" in sums else math.nan
 
 
 def summary(sums: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -455,6 +459,6 @@ def summary(sums: Mapping[str, Tensor]) -> dict[str, Any]:
 def regime(relaxed_fraction: float, residual: float) -> str:
     """The name of a regime: "backprop-like" (relaxed_fraction under 0.02), "equilibrium" (residual under 0.05) or
     "relaxing"."""
-    if relaxed_fraction < 0.02:
+    if relaxed_fraction < BACKPROP_LIKE:
         return "backprop-like"
     return "equilibrium" if residual < 0.05 else "relaxing"

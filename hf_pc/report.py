@@ -20,8 +20,9 @@ class RelaxationOutput:
         residual: |dF/de| / |g|, mean over sequences; 1 before the first move, 0 at equilibrium.
         relaxed_fraction: share of the output error that relaxation changed.
         signal_bias: how far what the last node's module learns from is from what backprop would send there, relative
-            to that; all phases of the rule of `learning` together. Of one phase it is the relaxed_fraction; where
-            phases cancel between sequences ("mirrored", "balanced") or labels ("wake_sleep") their spread is in it.
+            to that. All phases of the rule of `learning` count together; "plain" has one, and with Gaussian nodes and
+            the solver "error" it is its relaxed_fraction. With "mirrored", "balanced" and "wake_sleep" the
+            differences between sequences or labels, which average out, count too. nan where nothing was learned.
         displacement: |e| / |mu| of each node.
         sweeps: passes run.
         refused: share of the moves of single sequences that were refused.

@@ -13,7 +13,7 @@ from hf_pc.checks import check_scale
 from hf_pc.config import PCConfig
 from hf_pc.learning import phases_of
 from hf_pc.processes import process_count, process_index
-from hf_pc.relaxation import add_sums, relaxed_fraction, signal_bias
+from hf_pc.relaxation import BACKPROP_LIKE, add_sums, relaxed_fraction, signal_bias
 
 INITIAL_RELATIVE_STD = 0.2
 GAIN, LIMIT = 0.5, 0.7
@@ -34,14 +34,15 @@ class Steering:
         self.rows = 0
         self.target = config.relaxed_fraction if config.sweeps > 1 else None
         self.bias_limit = config.bias_limit
-        self.order = len(phases_of(config.learning, config.strengths))
+        #: of the bias, in relative_std squared
+        self.bias_order = len(phases_of(config.learning, config.strengths))
         self.relative_std = config.relative_std or INITIAL_RELATIVE_STD
         self.activity: dict[str, float] = {}
         self._seen: dict[str, Tensor] = {}
 
     def observe(self, sums: Mapping[str, Tensor]) -> None:
         """Note the measurements of a learned batch."""
-        kept = ("change", "reference", "missed", "prediction_square/", "size/")
+        kept = ("change", "reference", "bias", "prediction_square/", "size/")
         add_sums(self._seen, {name: value for name, value in sums.items() if name.startswith(kept)})
 
     def signs(self, batch: int, device: torch.device) -> Tensor:
@@ -66,9 +67,11 @@ class Steering:
         """Take up the activities, and move relative_std by what was noted since the last step.
 
         The fraction grows as relative_std squared while it is small, so half the logarithm of what is missing is
-        the step that would close the gap; it is damped and bounded. It stays without a target or at T = 1. The target
-        is let go while the bias of what was learned is over its limit, which is approached instead: that of n phases
-        grows as relative_std to the power of 2n.
+        the step that would close the gap; it is damped and bounded. It stays without a target or at T = 1.
+
+        With a limit on the bias, which n phases have grow as relative_std to the power of 2n, that one is approached
+        instead where it asks for less relaxation; but never for less than a relaxed_fraction of 0.02, since a part
+        of the bias in half precision is rounding, which no precision of the errors lowers.
 
         Args:
             reduce: sums a tensor over processes.
@@ -86,12 +89,16 @@ class Steering:
                 self.activity[label] = rms
         if self.target is None or not steers:
             return
-        measured, bias = relaxed_fraction(seen), signal_bias(seen)
-        if not math.isfinite(measured + bias) or not seen["reference"]:  # no signal, or no node to meet it
+        measured = relaxed_fraction(seen)
+        if not math.isfinite(measured) or not seen["reference"]:  # no signal, or no node to meet it
             return
         missing = _missing(self.target, measured)
         if self.bias_limit is not None:
-            missing = min(missing, _missing(self.bias_limit, bias) / self.order)
+            bias = signal_bias(seen)
+            if not math.isfinite(bias):  # a later phase alone may overflow in mixed precision
+                return
+            least = _missing(min(self.target, BACKPROP_LIKE), measured)
+            missing = min(missing, max(least, _missing(self.bias_limit, bias) / self.bias_order))
         step = 0.5 * GAIN * missing
         moved = self.relative_std * math.exp(max(-LIMIT, min(LIMIT, step)))
         self.relative_std = max(SMALLEST_STD, min(LARGEST_STD, moved))

@@ -8,6 +8,7 @@ checkpoints and gradient synchronisation stay the Trainer's.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from hf_pc.checkpoints import CheckpointMixin
 from hf_pc.config import PCConfig
 from hf_pc.diagnostics.curvature import largest_curvature
 from hf_pc.heatmap import EnergyHeatmap
-from hf_pc.learning import keeps_each_sequence, phases_of
+from hf_pc.learning import cancels_in_each_sequence, phases_of
 from hf_pc.model import PCModel
 from hf_pc.placement import resolve
 from hf_pc.processes import gathered, is_sharded, naming_the_lost, reducing
@@ -34,7 +35,7 @@ from hf_pc.token_loss import BackpropSeq2SeqTrainer, BackpropTrainer, TokenLossM
 logger = logging.getLogger(__name__)
 #: lambda_max, in precisions, over which a relaxation is running away
 RUNAWAY_CURVATURE = 20.0
-#: signal_bias over which the phases of a rule that keeps each sequence's gradient no longer do so
+#: signal_bias over which phases that should cancel in each sequence no longer do
 RUNAWAY_BIAS = 0.2
 
 
@@ -95,6 +96,7 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
         self.nonfinite_node: str | None = None
         self._window: dict[str, Tensor] = {}
         self._probed: set[int] = set()
+        self._warned = False
         self._restored: dict[str, Any] | None = None
         patience = getattr(self.args, "nonfinite_patience", PCTrainingArguments.nonfinite_patience)
         self.add_callback(SteeringCallback(self))
@@ -118,6 +120,7 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
             self.pc_config.save_pretrained(self.args.output_dir)
         self._restored = self.pc.state_dict() if self.pc is not None else None  # training goes on where it was
         self.stopped_by, self._window, self._probed, self.pc = None, {}, set(), None
+        self._warned = False
         try:
             with naming_the_lost(str(self.args.output_dir)):
                 check_processes(self.args, self.pc_config, self.train_dataset)
@@ -243,13 +246,18 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
         super().log(logs, *args, **kwargs)
 
     def _warn_of_bias(self, bias: float) -> None:
+        """Once in a run."""
         rule = self.pc_config.learning
-        if bias > RUNAWAY_BIAS and keeps_each_sequence(phases_of(rule, self.pc_config.strengths)):
-            logger.warning(
-                "step %d: signal_bias is %.2g; over %g the phases of learning=%r no longer cancel, and runs go "
-                "astray: give a bias_limit, such as 0.05, or lower relaxed_fraction",
-                self.state.global_step, bias, RUNAWAY_BIAS, rule,
-            )  # fmt: skip
+        cancels = cancels_in_each_sequence(phases_of(rule, self.pc_config.strengths))
+        if self._warned or not cancels or not RUNAWAY_BIAS < bias < math.inf:
+            return
+        self._warned = True
+        logger.warning(
+            "step %d: signal_bias is %.2g; over %g the phases of learning=%r do not cancel, and runs go astray. "
+            "Unless the residual is high, which more sweeps lower, relax less: by a bias_limit such as 0.05, or a "
+            "lower relaxed_fraction or relative_std",
+            self.state.global_step, bias, RUNAWAY_BIAS, rule,
+        )  # fmt: skip
 
     def _means(self) -> dict[str, float]:
         names = list(self._window)

@@ -52,7 +52,7 @@ DRAWN = {"solver": "langevin", "relative_std": 0.3}
         (LIMITED | {"bias_limit": 1.0}, "bias_limit=1.0 is not allowed: a number between 0 and 1"),
         (LIMITED | {"relative_std": 1.0}, "bias_limit=0.05 needs relaxed_fraction"),
         (LIMITED | {"learning": "balanced"}, "'centred' or 'extrapolated' or 'one_sided', not 'balanced'"),
-        (LIMITED | {"learning": "plain"}, "do not cancel in each sequence"),
+        (LIMITED | {"learning": "plain"}, "not 'plain', which has no phases whose bias cancels"),
         ({"solver": "langevin"}, "solver='langevin' needs precision or relative_std"),
         (DRAWN | {"energy": "laplace"}, "PCConfig.energy='laplace' is not allowed"),
         (DRAWN | {"attention_energy": "categorical"}, "attention_energy='categorical' is not allowed"),

@@ -82,4 +82,4 @@ def test_the_trainer_warns_of_bias(
     with caplog.at_level(logging.WARNING, logger="hf_pc.trainer"):
         run.train()
     assert len([entry for entry in run.state.log_history if entry.get("signal_bias", 0) > 0]) == 2
-    assert ("no longer cancel" in caplog.text) == warns
+    assert ("do not cancel" in caplog.text) == warns

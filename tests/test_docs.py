@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import hf_pc
+from hf_pc.saving import SavingMixin
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,6 +54,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     api = (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
     assert all(name in api for name in hf_pc.__all__)
+    assert all(f'id="hf_pc.PCModel.{name}"' in api for name in vars(SavingMixin) if not name.startswith("_"))
     for page in (tmp_path / "site").glob("*.html"):  # nothing is fetched from elsewhere
         outside = re.findall(r'(?:src|<link[^>]*href)="(https?://[^"]+)"', page.read_text(encoding="utf-8"))
         assert not outside, (page.name, outside)

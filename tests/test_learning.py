@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from test_trainer import trained, trainer
 
 from hf_pc import PCConfig, PCModel, RelaxationOutput
 from hf_pc.learning import RULES
+from hf_pc.relaxation import summary
 from hf_pc.trainer import BackpropTrainer
 
 ORDER = {"plain": 1, "centred": 2, "extrapolated": 4, "one_sided": 4}
@@ -89,7 +91,38 @@ def test_bias_at_the_last_node(learning: str) -> None:
         else:
             learned -= phase.weight * p * errors * signs
     bias = (learned - expected).norm() / expected.norm()
-    assert float((sums["missed"] / (expected**2).sum()).sqrt()) == pytest.approx(float(bias), rel=1e-6)
+    assert float((sums["bias"] / (expected**2).sum()).sqrt()) == pytest.approx(float(bias), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"solver": "state", "sweeps": 1}, {"solver": "state", "sweeps": 6}, {"solver": "lagrangian"},
+                 {"step_size": 0.5}, {"energy": "laplace"}, {"learning": "centred", "energy": "bernoulli"}], ids=str,
+)  # fmt: skip
+def test_bias_is_that_of_the_last_node_s_module(settings: dict[str, Any]) -> None:
+    """|its bias's gradient less backprop's| / |backprop's|, for one sequence: whatever its signal is made of."""
+    model = LinearChain()
+    model.layers[-1].bias = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    one = {"inputs": X[:1], "labels": Y[:1]}
+    model.zero_grad()
+    (0.5 * (model(X[:1])["logits"] - Y[:1]).square().sum()).backward()
+    expected = model.layers[-1].bias.grad
+    assert expected is not None
+    model.zero_grad()
+    pc = PCModel(model, PCConfig(**{"nodes": NODES, "output": "gaussian", "precision": 3.0, "sweeps": 4, **settings}))
+    found = pc.accumulate_grad(**one, num_items_in_batch=1).signal_bias
+    learned = model.layers[-1].bias.grad
+    difference = expected if learned is None else learned - expected
+    assert found == pytest.approx(float(difference.norm() / expected.norm()), rel=1e-6)
+    assert math.isnan(pc.relax(**one).signal_bias)
+
+
+def test_observing_a_step_of_one_phase() -> None:
+    """`relaxed` without a phase is a whole plain step, whatever the rule: its figures are all there."""
+    pc = PCModel(make("gpt2"), PCConfig(learning="one_sided", relaxed_fraction=0.1))
+    with pc.relaxed(batch()) as relaxation:
+        pc.learning_pass(batch())[0].backward()
+        found = summary(pc.observe(relaxation))
+    assert found["signal_bias"] == pytest.approx(found["relaxed_fraction"]) != 0
 
 
 @pytest.mark.parametrize(

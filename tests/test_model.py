@@ -177,13 +177,15 @@ def test_plain_inputs_work() -> None:
 @pytest.mark.parametrize(
     ("fraction", "bias", "expected"),
     [(0.25, 0.001, 2**0.25), (0.25, 0.01, 5**0.0625), (0.25, 0.05, 1.0), (0.25, 0.8, 2**-0.25), (1.0, 0.01, 2**-0.25),
-     (1.0, 0.1, 2**-0.25), (0.5, 0.0, 1.0), (float("nan"), 0.8, 1.0), (0.25, float("nan"), 1.0)],
+     (1.0, 0.1, 2**-0.25), (0.5, 0.0, 1.0), (0.02, 0.8, 1.0), (0.01, 0.8, 2**0.25), (float("nan"), 0.8, 1.0),
+     (0.25, float("nan"), 1.0), (0.25, float("inf"), 1.0)],
 )  # fmt: skip
 def test_steering_lets_go_of_the_target(fraction: float, bias: float, expected: float) -> None:
     """relative_std goes up by the fourth root of the target over what the batches of a step measured; with four phases
-    at most by the sixteenth root of the limit over their bias; not at all where either is no number."""
+    at most by the sixteenth root of the limit over their bias, which is to leave a fraction of 0.02; not at all where
+    either is no number."""
     steering = Steering(PCConfig(relaxed_fraction=0.5, learning="one_sided", bias_limit=0.05))
-    squares = {"change": fraction**2, "reference": 1.0, "missed": bias**2}
+    squares = {"change": fraction**2, "reference": 1.0, "bias": bias**2}
     for _ in range(2):
         steering.observe({name: torch.tensor(3 * value, dtype=torch.float64) for name, value in squares.items()})
     steering.step(lambda total: total, steers=True)

@@ -19,7 +19,7 @@ from language import arguments, compare
 from options import natural, positive
 
 from hf_pc import PCConfig
-from hf_pc.learning import RULES, keeps_each_sequence
+from hf_pc.learning import RULES, cancels_in_each_sequence
 
 DEFAULTS = {"steps": 1000, "batch": 16, "layers": 6, "hidden": 128, "heads": 4, "sequence": 64, "sweeps": 3,
             "seeds": 3, "learning_rates": [2e-3, 4e-3, 8e-3, 1.6e-2],
@@ -35,7 +35,7 @@ def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:
             found[f"{rule}_{target:g}"] = PCConfig(
                 learning=rule,  # type: ignore[arg-type]
                 strengths=args.strengths if rule == "one_sided" else None,
-                bias_limit=args.bias_limit if keeps_each_sequence(phases) else None,
+                bias_limit=args.bias_limit if cancels_in_each_sequence(phases) else None,
                 sweeps=args.sweeps,
                 anderson_depth=args.anderson_depth,
                 **common,

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     strength.add_argument("--precision", type=float, help="instead: 1/sigma^2 of every error, as langevin has it best")
     coding.add_argument("--learning", default="plain", choices=list(RULES), help="what the weights learn from")
     coding.add_argument("--strengths", type=float, nargs="+", help="of one_sided, from 1 down (1 0.5 0.25 0.125)")
-    coding.add_argument("--bias_limit", type=float, help="the most signal_bias that steering lets stand (any)")
+    coding.add_argument("--bias_limit", type=float, help="the most signal_bias that steering allows (no limit)")
     coding.add_argument("--anderson_depth", type=int, default=1, help="moves that the acceleration remembers (1)")
     coding.add_argument("--solver", default="error", choices=SOLVERS.names(), help="how the errors relax")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/compare"), help="where everything goes")

@@ -19,7 +19,7 @@ from hf_pc.processes import gathered, process_count, process_index
 from hf_pc.relaxation import OUTPUT_LABEL, Share
 
 #: of `Relaxation.sums` what each process measured of its own nodes; the rest is the same on all of them
-ADDED = ("change", "reference", "missed", f"energy/{OUTPUT_LABEL}")
+ADDED = ("change", "reference", "bias", f"energy/{OUTPUT_LABEL}")
 
 
 @dataclass
@@ -95,7 +95,8 @@ class Neighbours(Share):
         with self.timeline.noted("wait"):
             parts: list[dict[str, Tensor]] = gathered(sums)
         merged = {name: value for part in parts for name, value in part.items()}
-        return merged | {name: torch.stack([part[name] for part in parts]).sum() for name in ADDED}
+        added = [name for name in ADDED if name in sums]
+        return merged | {name: torch.stack([part[name] for part in parts]).sum() for name in added}
 
 
 @dataclass

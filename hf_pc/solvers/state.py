@@ -124,6 +124,7 @@ class StateSolver(Solver):
         for site in relaxation.sites:
             site.leaf.grad = None
             site.node.energy.observe(site.error, site.precision)
+            relaxation.note_learned(site, self.signal(site))
         return self._taken(relaxation, found)
 
     def _taken(self, relaxation: Relaxation, found: Sequence[Tensor | None]) -> list[Tensor]:
