@@ -146,6 +146,15 @@ TABLES: dict[str, dict[str, Column]] = {
         "mean": _mean_and_spread,
         **REGIME,
     },
+    "half_limited": {
+        "seed": field("seed"),
+        "perplexity": field("test_perplexity", ".3f"),
+        "relaxed_fraction": field("relaxed_fraction", ".3f"),
+        "residual": field("residual", ".3f"),
+        "`signal_bias`": field("signal_bias", ".3f"),
+        "refused": field("refused", ".1%"),
+        "regime": field("regime"),
+    },
     "half": {
         "rate": field("learning_rate", "g"),
         "seed": field("seed"),
