@@ -60,6 +60,7 @@ DRAWN = {"solver": "langevin", "relative_std": 0.3}
             DRAWN | {"nodes": [{"pattern": "h.0", "energy": "laplace"}]},
             "NodeSpec 'h.0'.energy='laplace' is not allowed",
         ),
+        (DRAWN | {"anderson_depth": 2}, "anderson_depth=2 needs solver='error' and .* not 'langevin' and 'auto'"),
         (DRAWN | {"tolerance": 0.1}, "tolerance=0.1 is not allowed with solver='langevin'"),
         (DRAWN | {"step_size": 2}, "step_size=2 times NodeSpec.step_factor=1 is not allowed"),
         (

@@ -102,6 +102,13 @@ def test_noise_is_new_in_each_sweep_and_each_step() -> None:
         assert 2.5 < float(longer[name].norm() / short[name].norm()) < 3.2
 
 
+def test_the_automatic_rate_is_a_half() -> None:
+    """step_size="auto" draws what 0.5 does; a rate of up to 2 is allowed where no node has a factor of its own."""
+    found = [drawn(step_size=rate) for rate in ("auto", 0.5, 1.9)]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
+
+
 def test_padding_is_not_drawn() -> None:
     """Where the mask is 0 no state moves."""
     mask = batch()["attention_mask"].bool()
