@@ -239,6 +239,7 @@ class PCModel(SavingMixin):
             relaxation.agree = lambda holds: everywhere(holds, device)
         first = self._begins_with(phase)
         relaxation.lower = self._lower
+        relaxation.last = self._ends_with(phase)
         relaxation.followed = first and any(other.warm for other in self.phases)
         relaxation.weights = [p for p in self.model.parameters() if p.requires_grad]
         if first and (self.solver.draws or any(other.own_labels for other in self.phases)):
@@ -461,14 +462,11 @@ class PCModel(SavingMixin):
         self.solver.close(relaxation)
         sums = relaxation.sums()
         phase = relaxation.phase
-        ends = self._ends_with(phase)
-        if phase.mirrored and ends:
+        if phase.mirrored and relaxation.last:
             self.steering.count_rows(relaxation.batch)
-        if not ends:  # what is learned is known once all phases are
-            sums["bias"] = torch.zeros_like(sums["bias"])
         if not self._begins_with(phase):
             counted = EVERY_PHASE if not phase.at_rest else ("sweeps", "bias")
-            sums = {name: sums[name] for name in counted}
+            sums = {name: sums[name] for name in counted if name in sums}
         self.steering.observe(sums)
         return sums
 

@@ -85,6 +85,7 @@ class Relaxation:
         self.weights: list[Tensor] = []  # what may learn
         self._held: dict[Tensor, Tensor] = {}
         self.lower: torch.dtype | None = None  # of passes between the first and the last, if not that of those two
+        self.last = True  # whether no phase of the same step follows
         self.followed = False  # whether a phase comes that begins where this one's errors point to
         #: whether what holds here does so on every process, where passes are made by all of them together
         self.agree: Callable[[bool], bool] = lambda holds: holds
@@ -380,7 +381,7 @@ class Relaxation:
             "free_energy": self._free_energy(signed=False).sum(),
             f"energy/{OUTPUT_LABEL}": self.output_energy.detach().double().sum(),
         }
-        if self.mode == LEARN:
+        if self.mode == LEARN and self.last:  # what is learned is known once all phases are
             sums["bias"] = self._bias()
         for site in self.sites:
             sums[f"energy/{site.label}"] = site.energy.sum()

@@ -23,7 +23,7 @@ from hf_pc.checkpoints import CheckpointMixin
 from hf_pc.config import PCConfig
 from hf_pc.diagnostics.curvature import largest_curvature
 from hf_pc.heatmap import EnergyHeatmap
-from hf_pc.learning import cancels_in_each_sequence, phases_of
+from hf_pc.learning import cancels_in_each_sequence
 from hf_pc.model import PCModel
 from hf_pc.placement import resolve
 from hf_pc.processes import gathered, is_sharded, naming_the_lost, reducing
@@ -248,7 +248,7 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
     def _warn_of_bias(self, bias: float) -> None:
         """Once in a run."""
         rule = self.pc_config.learning
-        cancels = cancels_in_each_sequence(phases_of(rule, self.pc_config.strengths))
+        cancels = self.pc is not None and cancels_in_each_sequence(self.pc.phases)
         if self._warned or not cancels or not RUNAWAY_BIAS < bias < math.inf:
             return
         self._warned = True

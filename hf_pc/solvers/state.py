@@ -124,7 +124,8 @@ class StateSolver(Solver):
         for site in relaxation.sites:
             site.leaf.grad = None
             site.node.energy.observe(site.error, site.precision)
-            relaxation.note_learned(site, self.signal(site))
+        for last in relaxation.sites[-1:]:
+            relaxation.note_learned(last, self.signal(last))
         return self._taken(relaxation, found)
 
     def _taken(self, relaxation: Relaxation, found: Sequence[Tensor | None]) -> list[Tensor]:
