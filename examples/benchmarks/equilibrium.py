@@ -27,7 +27,9 @@ DEFAULTS = {"steps": 1000, "batch": 16, "layers": 6, "hidden": 128, "heads": 4, 
 
 
 def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:
-    """Backprop; at every target of relaxed_fraction every rule, the solvers that move states, and incremental PC."""
+    """Backprop; at every target of relaxed_fraction every rule, the solvers that move states, and incremental PC; at
+    every relative_std plain learning that nothing steers, with that precision and with one that is learned from there.
+    """
     found: dict[str, PCConfig | None] = {"backprop": None}
     for target in args.relaxed_fractions:
         common: dict[str, Any] = {"relaxed_fraction": target, "compile": args.compile}
@@ -44,12 +46,19 @@ def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:
         for solver in ("state", "lagrangian"):
             found[f"{solver}_{target:g}"] = PCConfig(solver=solver, **common)
         found[f"incremental_{target:g}"] = PCConfig(solver="state", weight_update="every_sweep", **common)
+    for std in args.relative_stds:
+        for energy in ("gaussian", "learned_variance"):
+            found[f"{energy}_{std:g}"] = PCConfig(
+                energy=energy, relative_std=std, sweeps=args.sweeps, anderson_depth=args.anderson_depth,
+                compile=args.compile,
+            )  # fmt: skip
     return found
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = arguments(__doc__, **DEFAULTS)
-    parser.add_argument("--relaxed_fractions", type=float, nargs="+", default=[0.1, 0.3])
+    parser.add_argument("--relaxed_fractions", type=float, nargs="*", default=[0.1, 0.3])
+    parser.add_argument("--relative_stds", type=float, nargs="*", default=[], help="held, or learned from there")
     parser.add_argument("--state_sweeps", type=positive, default=20, help="of the solvers that move states")
     parser.add_argument("--strengths", type=float, nargs="+", help="of one_sided, from 1 down")
     parser.add_argument("--bias_limit", type=float, help="of the rules whose phases cancel in each sequence")

@@ -93,7 +93,8 @@ class Neighbours(Share):
         if self.count == 1:
             return sums
         with self.timeline.noted("wait"):
-            parts: list[dict[str, Tensor]] = gathered(sums)
+            given: list[tuple[list[str], Tensor]] = gathered((list(sums), torch.stack(list(sums.values()))))
+        parts = [dict(zip(names, values.unbind(), strict=True)) for names, values in given]
         merged = {name: value for part in parts for name, value in part.items()}
         added = [name for name in ADDED if name in sums]
         return merged | {name: torch.stack([part[name] for part in parts]).sum() for name in added}

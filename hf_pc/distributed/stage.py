@@ -57,6 +57,7 @@ class Stage:
         self.names = [name for name in kept if name not in self.aliases]
         self._arguments: list[Call] = []
         self._random: list[RandomState] = []
+        self._devices: set[torch.device] = set()
         self._skeletons: dict[str, nn.Module] = {}
         self._give_up()
 
@@ -135,11 +136,12 @@ class Stage:
     def forget_random(self) -> None:
         """Begin a step: dropout masks are drawn anew, those of each block in its first call."""
         self._random = []
+        self._devices = {p.device for p in self.model.parameters()}
 
     def _replay(self, position: int) -> None:
         """Whatever ran since, what runs at this position draws what it drew in its first call of the step."""
         if position == len(self._random):
-            self._random.append(RandomState(p.device for p in self.model.parameters()))
+            self._random.append(RandomState(self._devices))
         else:
             self._random[position].restore()
 
