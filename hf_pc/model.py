@@ -155,6 +155,7 @@ class PCModel(SavingMixin):
         weight_step: Callable[[Tensor], None] | None = None,
         phase: Phase = PLAIN,
         forward: Callable[..., Any] | None = None,
+        learns: bool = True,
     ) -> Iterator[Relaxation]:
         """Relax the errors to a batch; inside the context, `learning_pass` is the last sweep.
 
@@ -167,6 +168,7 @@ class PCModel(SavingMixin):
                 step of the weights' optimizer.
             phase: one of `phases`, which are to be gone through in order.
             forward: what passes that move weights call instead of the model, such as its distributed wrapper.
+            learns: whether weights learn from a pass inside; if not, nothing is kept for that.
         """
         update = self.config.weight_update
         if (weight_step is None) != (update == "final"):
@@ -209,7 +211,7 @@ class PCModel(SavingMixin):
                     freezing = self._frozen() if weight_step is None else nullcontext()
                     freeze = cache(lambda: relaxing.enter_context(freezing))  # once, however often it is called
                     # whether the module of the first node learns through what the first pass has of it
-                    keeps = first and not together and not routed and self.solver.one_backward
+                    keeps = learns and first and not together and not routed and self.solver.one_backward
                     keeps = keeps and self._first_prediction.may_learn()
                     if not keeps:
                         freeze()
@@ -424,7 +426,8 @@ class PCModel(SavingMixin):
         sums: dict[str, Tensor] = {}
         report: RelaxationOutput | None = None
         for phase in self.phases if mode == LEARN else (PLAIN,):
-            with self.relaxed(inputs, None if weight_step is None else step, phase) as relaxation:
+            weights = None if weight_step is None else step
+            with self.relaxed(inputs, weights, phase, learns=mode == LEARN) as relaxation:
                 if mode == RELAX:
                     with self._frozen():
                         energy, _ = self.learning_pass(inputs, mode=RELAX)

@@ -13,6 +13,7 @@ from transformers import AlbertConfig, AlbertForMaskedLM, MixtralConfig, Mixtral
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_pc import PCConfig, PCModel
+from hf_pc.diagnostics import largest_curvature
 from hf_pc.reuse import FirstPrediction
 
 
@@ -102,6 +103,20 @@ def test_the_first_block_runs_once(setting: dict[str, Any], times: int) -> None:
     assert all(p.requires_grad for p in model.parameters())
     assert pc._first_prediction._kept is None
     assert "forward" not in vars(model.transformer.h[0])
+
+
+def test_a_graph_is_kept_to_learn_from_alone() -> None:
+    """The first block has one where weights learn; to relax, or to probe the curvature, it has none."""
+    model = make("gpt2")
+    with_graph: list[bool] = []
+    model.transformer.h[0].register_forward_hook(lambda m, a, output: with_graph.append(output.grad_fn is not None))
+    pc = PCModel(model, PCConfig(relative_std=0.3))
+    pc.relax(**batch())
+    largest_curvature(pc, batch())
+    assert with_graph
+    assert not any(with_graph)
+    pc.accumulate_grad(**batch())
+    assert any(with_graph)
 
 
 def test_a_module_that_may_write_to_its_arguments_runs_every_time() -> None:

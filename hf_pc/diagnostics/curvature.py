@@ -31,7 +31,7 @@ def largest_curvature(pc: PCModel, inputs: Mapping[str, Any], iterations: int = 
         raise ValueError(
             f"weight_update={pc.config.weight_update!r} moves weights while it relaxes: nothing to probe at"
         )
-    with torch.enable_grad(), torch.random.fork_rng(), pc.relaxed(inputs) as relaxation:
+    with torch.enable_grad(), torch.random.fork_rng(), pc.relaxed(inputs, learns=False) as relaxation:
         if not relaxation.sites:  # at T = 1 nothing has run yet
             pc.free_energy_gradients(inputs)
         sites = relaxation.sites
