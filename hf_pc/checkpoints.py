@@ -102,6 +102,12 @@ class CheckpointMixin(_TrainerPart):
         if self.pc is not None:
             self.pc.save_state(folder)
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        best = self.state.best_model_checkpoint
+        if best is not None and self.pc is not None and (Path(best) / STATE_NAME).is_file():
+            self.pc.load_state_dict(read_json_file(Path(best) / STATE_NAME))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint) / STATE_NAME

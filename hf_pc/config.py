@@ -265,6 +265,15 @@ class PCConfig:
         return dataclasses.asdict(self)
 
     @classmethod
+    def of(cls, given: PCConfig | dict[str, Any] | None) -> PCConfig:
+        """What a caller gave: a configuration, its dictionary, or None for the defaults. Raises ValueError else."""
+        if given is None or isinstance(given, dict):
+            return cls.from_dict(given or {})
+        if not isinstance(given, cls):
+            raise ValueError(f"a PCConfig, its dictionary or None is needed, not {given!r}")
+        return given
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PCConfig:
         """The inverse of `to_dict`. Raises ValueError on anything malformed."""
         if not isinstance(values, dict):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_pc.attention import AttentionNodes
+from hf_pc.batch_state import RunningStatistics, copied
 from hf_pc.compilation import compile_forwards
 from hf_pc.config import PCConfig
 from hf_pc.learning import PLAIN, Phase, phases_of
@@ -42,15 +43,15 @@ class PCModel(SavingMixin):
 
     Args:
         model: any transformers or PEFT model; modified only by forward hooks, which `detach` removes.
-        config: what to attach and how to relax; None takes the defaults.
+        config: what to attach and how to relax, a PCConfig or its dictionary; None takes the defaults.
 
     Raises:
         ValueError: the configuration does not fit the model, or the model has nodes already.
     """
 
-    def __init__(self, model: nn.Module, config: PCConfig | None = None) -> None:
+    def __init__(self, model: nn.Module, config: PCConfig | dict[str, Any] | None = None) -> None:
         self.model = model
-        self.config = config or PCConfig()
+        self.config = PCConfig.of(config)
         self._module_nodes = resolve(model, self.config)
         name = self.config.attention_energy
         self._attention = None if name is None else AttentionNodes(model, name)
@@ -67,6 +68,7 @@ class PCModel(SavingMixin):
         self.relaxation: Relaxation | None = None
         self._before: Relaxation | None = None
         self._first_prediction = FirstPrediction(model, self._module_nodes[0].module)
+        self._statistics = RunningStatistics(model)
         self._own_labels: Tensor | None = None
         self._random: RandomState | None = None
         self._confirm: Callable[[], bool] | None = None
@@ -120,17 +122,18 @@ class PCModel(SavingMixin):
         assert self.relaxation is not None
         self._random.restore()
         self._first_prediction.begin_pass()
+        self._statistics.hold(not (self.relaxation.at_rest and self._begins_with(self.relaxation.phase)))
         if self.config.dropout == "off":  # again in every pass: a Trainer calls train() in between
             self.model.eval()
         try:
-            outputs = forward(**batch)
+            outputs = forward(**copied(batch))
         except RuntimeError as error:
             if not self.solver.recover(self.relaxation, error):
                 raise
             self.relaxation.again()
             self._random.restore()
             self._first_prediction.begin_pass()
-            outputs = forward(**batch)
+            outputs = forward(**copied(batch))
         if self._attention:
             self._attention.check()
         if self.relaxation.sites:
@@ -222,6 +225,7 @@ class PCModel(SavingMixin):
                 yield self.relaxation
             over = self._ends_with(phase)
         finally:
+            self._statistics.hold(False)
             self._before = None if over else self.relaxation
             self.relaxation = self._random = self._confirm = None
             self._states = {}

@@ -71,7 +71,10 @@ class Node:
             state = visit(self, mu)
             if state is None:
                 return None
-            return state if output is mu else type(output)((state, *output[1:]))
+            if output is mu:
+                return state
+            rest = output[1:]
+            return type(output)(state, *rest) if hasattr(output, "_fields") else type(output)((state, *rest))
 
         return self.module.register_forward_hook(hook)
 

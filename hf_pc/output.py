@@ -22,6 +22,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_pc.registry import Registry
 
 IGNORED = -100
+#: causal by name, and yet their own forward compares the logits with the labels as they are
+UNSHIFTED = frozenset((
+    "BartForCausalLM", "BigBirdPegasusForCausalLM", "BlenderbotForCausalLM", "BlenderbotSmallForCausalLM",
+    "CpmAntForCausalLM", "MBartForCausalLM", "MarianForCausalLM", "MvpForCausalLM", "PLBartForCausalLM",
+    "PegasusForCausalLM", "ProphetNetForCausalLM", "TrOCRForCausalLM", "WhisperForCausalLM", "XLMWithLMHeadModel",
+    "XLNetLMHeadModel",
+))  # fmt: skip
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -63,15 +70,14 @@ class Output(ABC):
         """The output energy of a model: the one named, or with "auto" what its own loss does with labels."""
         base = base_model(model)
         config = getattr(base, "config", None)
-        kind = type(base).__name__.removeprefix("FSDP")  # what sharding calls the class of a model
+        kinds = {cls.__name__ for cls in type(base).__mro__}  # sharding, and users, derive classes of their own
         encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        causal = (
-            LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss
-            or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        )
+        loss = LOSS_MAPPING.get(getattr(base, "loss_type", None) or "")
+        named = loss is None and not kinds.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        causal = kinds.isdisjoint(UNSHIFTED) and (named or loss is ForCausalLMLoss)
         if name == "auto":
             problem = getattr(config, "problem_type", None)
-            if problem is None and getattr(config, "num_labels", 2) == 1 and "Classification" in kind:
+            if problem is None and getattr(config, "num_labels", 2) == 1 and any("Classification" in k for k in kinds):
                 problem = "regression"
             name = {"regression": "gaussian", "multi_label_classification": "bernoulli"}.get(
                 str(problem), "categorical"
@@ -255,10 +261,13 @@ def _scores(logits: Tensor) -> Tensor:
 
 
 def auxiliary_loss(model: nn.Module, outputs: Any) -> Tensor | float:
-    """A mixture of experts' router loss, weighted as its own forward does when it is given labels; else 0."""
-    loss = outputs.get("aux_loss")
+    """A mixture of experts' router losses, weighted as its own forward does when it is given labels; else 0."""
     config = getattr(base_model(model), "config", None)
-    return 0.0 if loss is None else loss * getattr(config, "router_aux_loss_coef", 0.0)
+    total: Tensor | float = 0.0
+    for kind in ("aux_loss", "z_loss"):
+        parts = [outputs.get(name) for name in (kind, f"encoder_{kind}", f"decoder_{kind}")]
+        total += sum(part for part in parts if part is not None) * getattr(config, f"router_{kind}_coef", 0.0)
+    return total
 
 
 def routes(model: nn.Module, inputs: Mapping[str, Any]) -> bool:

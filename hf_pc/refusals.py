@@ -34,6 +34,7 @@ def refuse(args: TrainingArguments, config: PCConfig, model: nn.Module | None) -
             "`accelerate launch` or torchrun, or show one GPU with CUDA_VISIBLE_DEVICES=0"
         )
     _refuse_weight_update(args, config)
+    _refuse_reentrant(args, config)
     _refuse_compilation(args)
     mixed = args.bf16 or args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
     if config.relaxation_dtype is not None and mixed:
@@ -79,6 +80,15 @@ def _refuse_weight_update(args: TrainingArguments, config: PCConfig) -> None:
     curvature = getattr(args, "curvature_steps", None)
     if curvature:
         raise ValueError(f"curvature_steps={curvature} cannot be had with weight_update='every_sweep'")
+
+
+def _refuse_reentrant(args: TrainingArguments, config: PCConfig) -> None:
+    given: Any = args.gradient_checkpointing_kwargs or {}
+    if args.gradient_checkpointing and given.get("use_reentrant") and config.sweeps > 1:
+        raise ValueError(
+            f"gradient_checkpointing_kwargs={given} is not supported: such checkpointing finds no gradient of states; "
+            "use {'use_reentrant': False}"
+        )
 
 
 def _refuse_compilation(args: TrainingArguments) -> None:
@@ -154,6 +164,12 @@ def check_processes(args: TrainingArguments, config: PCConfig, train_dataset: An
             f"accelerator_config.even_batches=False leaves {count} processes with unequal numbers of batches of "
             f"{rows} rows, and one would wait for ever; use True, or dataloader_drop_last=True"
         )
+
+
+def check_learnable(model: nn.Module) -> None:
+    """Raise ValueError where every weight is frozen."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: there is nothing to learn")
 
 
 def check_first_batch(batch: Mapping[str, Any]) -> None:

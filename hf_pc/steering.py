@@ -113,7 +113,8 @@ class Steering:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`. Raises ValueError on anything else."""
         check_state(state)
-        self.relative_std = float(state["relative_std"])
+        if self.target is not None:  # one that is given stays as it is given
+            self.relative_std = float(state["relative_std"])
         self.rows = int(state.get("rows", 0))
         self.activity = {name: float(value) for name, value in state.get("activity", {}).items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,11 @@ from transformers.trainer_callback import ProgressCallback
 
 from hf_pc.callbacks import PCProgressCallback
 from hf_pc.output import IGNORED, Output, auxiliary_loss
+from hf_pc.own_loss import compare_with_own
+from hf_pc.processes import at_once
 from hf_pc.provenance import Secret
 
+logger = logging.getLogger(__name__)
 _TrainerPart: Any = Trainer if TYPE_CHECKING else object
 
 
@@ -38,8 +42,11 @@ class TokenLossMixin(_TrainerPart):
             self.args.hub_token = Secret(self.args.hub_token)
         self.output = Output.of(self.model, output)
         self.model_accepts_loss_kwargs = True  # ask the Trainer to count label tokens, whatever the model's class
-        self._loss_shifts_labels = self.output.shifted
+        self._loss_shifts_labels = self.output.shifted and not self.output.virtual  # there the first is a target too
         self._evaluated: list[Tensor] = []
+        self._warned_of_no_labels = False
+        self._compared = output != "auto"  # one that is named need not be the model's own
+        self._routing: Tensor | float = 0.0  # of the last loss the router's part
         self._nats = self._tokens = 0.0
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(PCProgressCallback)
@@ -70,6 +77,18 @@ class TokenLossMixin(_TrainerPart):
                 "cross-entropy of the labels; use 0"
             )
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
+        self._compare(model, inputs)
+        loss: Tensor = super().training_step(model, inputs, *rest)
+        return loss
+
+    def _compare(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Before the first step: whether what is learned is what the model's own loss is of."""
+        if not self._compared:
+            self._compared = True
+            prepared = self._prepare_inputs(inputs)
+            at_once(compare_with_own(self.accelerator.unwrap_model(model), prepared, self.output))
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -85,16 +104,22 @@ class TokenLossMixin(_TrainerPart):
             tokens = labels.ne(IGNORED).flatten(1).sum(1) if labels.dim() > 1 else labels.ne(IGNORED).long()
             self._evaluated = [energy.detach().double(), tokens.to(energy.device).double()]
         items = num_items_in_batch if num_items_in_batch is not None else labels.ne(IGNORED).sum()
-        if learning and not items:
-            raise ValueError(f"every label of the batch is ignored ({IGNORED}): there is nothing to learn from")
+        if learning and not items and not self._warned_of_no_labels:
+            self._warned_of_no_labels = True
+            logger.warning(
+                "step %d: every label is ignored (%d): nothing is learned from such a step. No more is said of others",
+                self.state.global_step, IGNORED,
+            )  # fmt: skip
         items = max(items, 1)
         if isinstance(items, Tensor):
             items = items.to(energy.device)  # a model over several devices ends on another than it begins
         # a router's loss is a mean over its batch: it counts for the share of the step's tokens that the batch has
         share = labels.ne(IGNORED).sum().to(energy.device) / items
-        loss = energy.sum() / items + share * self._auxiliary(outputs)
+        routing = share * self._auxiliary(outputs)
+        loss = energy.sum() / items + routing
         if learning and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
+            loss, routing = loss * self.accelerator.num_processes, routing * self.accelerator.num_processes
+        self._routing = routing.detach()
         return (loss, outputs) if return_outputs else loss
 
     def _auxiliary(self, outputs: Any) -> Tensor | float:

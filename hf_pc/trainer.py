@@ -20,6 +20,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 
 from hf_pc.callbacks import NonFiniteGuard, SteeringCallback
 from hf_pc.checkpoints import CheckpointMixin
+from hf_pc.checks import check_whole
 from hf_pc.config import PCConfig
 from hf_pc.diagnostics.curvature import largest_curvature
 from hf_pc.heatmap import EnergyHeatmap
@@ -28,7 +29,7 @@ from hf_pc.model import PCModel
 from hf_pc.placement import resolve
 from hf_pc.processes import gathered, is_sharded, naming_the_lost, reducing
 from hf_pc.pushing import PushMixin
-from hf_pc.refusals import check_first_batch, check_processes, refuse
+from hf_pc.refusals import check_first_batch, check_learnable, check_processes, refuse
 from hf_pc.relaxation import add_sums, summary
 from hf_pc.token_loss import BackpropSeq2SeqTrainer, BackpropTrainer, TokenLossMixin
 
@@ -63,10 +64,9 @@ class PCTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.curvature_steps is not None and self.curvature_steps < 1:
-            raise ValueError(f"curvature_steps={self.curvature_steps!r} is not allowed: at least 1 is needed")
-        if self.nonfinite_patience < 1:
-            raise ValueError(f"nonfinite_patience={self.nonfinite_patience!r} is not allowed: at least 1 is needed")
+        if self.curvature_steps is not None:
+            check_whole("PCTrainingArguments", "curvature_steps", self.curvature_steps, least=1)
+        check_whole("PCTrainingArguments", "nonfinite_patience", self.nonfinite_patience, least=1)
 
 
 class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
@@ -89,7 +89,7 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
         pc_config: PCConfig | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.pc_config = PCConfig.from_dict(pc_config) if isinstance(pc_config, dict) else pc_config or PCConfig()
+        self.pc_config = PCConfig.of(pc_config)
         super().__init__(model, args, *rest, output=self.pc_config.output, **kwargs)
         self.pc: PCModel | None = None
         self.stopped_by: str | None = None
@@ -107,24 +107,23 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
         super()._check(model, args, kwargs)
         if model is not None:
             resolve(model, self.pc_config)  # complain now; hooks are attached when training starts
-            if args is not None and not any(p.requires_grad for p in model.parameters()):
-                raise ValueError(
-                    f"no parameter of {type(model).__name__} requires a gradient: there is nothing to learn"
-                )
+            if args is not None:
+                check_learnable(model)
         if args is not None:
             refuse(args, self.pc_config, model)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`. Raises NonFiniteEnergyError where a non-finite free energy persisted."""
         if self.args.should_save:
             self.pc_config.save_pretrained(self.args.output_dir)
-        self._restored = self.pc.state_dict() if self.pc is not None else None  # training goes on where it was
+        # training goes on where it was, but with `model_init`, which begins anew
+        self._restored = self.pc.state_dict() if self.pc is not None and self.model_init is None else None
         self.stopped_by, self._window, self._probed, self.pc = None, {}, set(), None
         self._warned = False
         try:
             with naming_the_lost(str(self.args.output_dir)):
                 check_processes(self.args, self.pc_config, self.train_dataset)
-                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                result = super().train(resume_from_checkpoint, *rest, **kwargs)
         finally:
             if self.pc is not None:
                 self.pc.detach()
@@ -139,6 +138,7 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
     def _attached(self) -> PCModel:
         if self.pc is None:  # in the first step: models that are sharded or rebuilt are so by now
             self.pc = PCModel(self.accelerator.unwrap_model(self.model_wrapped), self.pc_config)
+            check_learnable(self.pc.model)  # that of `model_init` is seen no sooner
             if self._restored is not None:
                 self.pc.load_state_dict(self._restored)
                 self._restored = None
@@ -149,6 +149,7 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
     ) -> Tensor:
         if self.pc is None:
             check_first_batch(inputs)
+            self._compare(model, inputs)
         pc = self._attached()
         model.train()
         inputs = self._prepare_inputs(inputs)
@@ -174,7 +175,10 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
                     assert relaxation.feedforward_energy is not None
                     assert relaxation.output_energy is not None
                     seen, relaxed = relaxation.feedforward_energy.sum(), relaxation.output_energy.sum()
-                    logged = loss * (seen / relaxed) / phase.weight if relaxed else loss
+                    routing = self._routing
+                    learned = loss - routing
+                    logged = learned * (seen / relaxed) / phase.weight if relaxed else learned
+                    logged = logged + routing / phase.share
         assert logged is not None
         return logged
 
@@ -210,7 +214,7 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
         self, model: nn.Module, inputs: Mapping[str, Any], items: Tensor | int | None
     ) -> Callable[[Tensor], None]:
         """Incremental PC (arXiv 2212.00720): a step of the weights' optimizer after each relaxing sweep."""
-        divisor = items if items is not None else self.output.count(self.output.split(inputs)[1])
+        divisor = max(items, 1) if items is not None else self.output.count(self.output.split(inputs)[1])
         # processes average their gradients, as in `compute_loss`
         factor = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 

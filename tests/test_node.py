@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -81,6 +81,11 @@ def test_what_an_energy_cannot_take_is_refused() -> None:
         site(torch.randn(6, 5, 1), energy="categorical")
 
 
+class Pair(NamedTuple):
+    hidden: Tensor
+    other: int
+
+
 class Returns(nn.Module):
     def __init__(self, wrap: Any) -> None:
         super().__init__()
@@ -91,7 +96,9 @@ class Returns(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda x: x, lambda x: (x, 3), lambda x: [x, 3, None]], ids=["tensor", "tuple", "list"]
+    "wrap",
+    [lambda x: x, lambda x: (x, 3), lambda x: [x, 3, None], lambda x: Pair(x, 3)],
+    ids=["tensor", "tuple", "list", "named tuple"],
 )
 def test_the_hook_replaces_what_comes_first(wrap: Any) -> None:
     """The state takes the place of mu in whatever carried it; where nothing relaxes the output is untouched."""

@@ -67,3 +67,16 @@ def test_relaxation_converges(name: str) -> None:
     torch.manual_seed(0)
     model = get_peft_model(make("gpt2").double(), ADAPTERS[name]()).double()
     assert PCModel(model, PCConfig(sweeps=30, relative_std=0.5)).relax(**batch()).residual < 1e-3
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_logged_loss_is_that_of_evaluation(tmp_path: Path, name: str) -> None:
+    """Nats per label token at the same weights, also where virtual tokens make a target of the first label."""
+    torch.manual_seed(0)
+    data = [{"input_ids": [(7 * i + j) % 50 for j in range(8)], "labels": [(7 * i + j) % 50 for j in range(8)]}
+            for i in range(4)]  # fmt: skip
+    model = get_peft_model(make("gpt2"), ADAPTERS[name]())
+    run = trainer(tmp_path, model=model, train_dataset=data, learning_rate=0.0, max_steps=1, weight_decay=0.0)
+    run.train()
+    (logged,) = [log["loss"] for log in run.state.log_history if "loss" in log]
+    assert logged == pytest.approx(run.evaluate(data)["eval_loss"], rel=1e-3)

@@ -46,6 +46,10 @@ def test_what_a_launcher_asks_for(
         ({"parallelism_config": SimpleNamespace(tp_size=2)}, r"parallelism_config\.tp_size=2.*tensor parallelism"),
         ({"parallelism_config": SimpleNamespace(cp_size=2)}, r"parallelism_config\.cp_size=2.*context parallelism"),
         ({"parallelism_config": SimpleNamespace(sp_size=2)}, r"parallelism_config\.sp_size=2.*sequence parallelism"),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "use {'use_reentrant': False}",
+        ),
         ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 1}}, "fsdp version 1 is not supported"),
         ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 2}}, "fsdp=True on the CPU is not supported"),
     ],

@@ -295,12 +295,12 @@ def test_data_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_labels_are_needed(tmp_path: Path) -> None:
-    """A batch without labels, or with every label ignored, is an error that says so."""
+    """A batch without labels is an error that says so; with every label ignored, of a PCModel, which is given one."""
     ids = rows(4)[0]["input_ids"]
     with pytest.raises(ValueError, match="without labels"):
         trainer(tmp_path, train_dataset=[{"input_ids": ids}] * 4).train()
     with pytest.raises(ValueError, match="every label of the batch is ignored"):
-        trainer(tmp_path, train_dataset=[{"input_ids": ids, "labels": [-100] * 16}] * 4).train()
+        PCModel(make("gpt2")).accumulate_grad(input_ids=torch.tensor([ids]), labels=torch.full((1, 16), -100))
 
 
 @pytest.mark.parametrize("solver", ["state", "lagrangian"])
@@ -500,3 +500,83 @@ def test_evaluation_by_generation(tmp_path: Path) -> None:
         expected = model.eval()(**batch).loss.item()
     assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert metrics["eval_perplexity"] == pytest.approx(torch.tensor(expected).exp().item(), rel=1e-4)
+
+
+def test_a_strength_that_is_given_stays_given(tmp_path: Path) -> None:
+    """A run that is resumed with another relative_std goes on with that one."""
+    kept: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, PCConfig(relative_std=0.3), max_steps=2, **kept).train()
+    run = trainer(tmp_path, PCConfig(relative_std=0.05), **kept)
+    run.train(resume_from_checkpoint=True)
+    assert run.pc.relative_std == 0.05
+
+
+def test_model_init_begins_anew(tmp_path: Path) -> None:
+    """Every `train()` has a model and a steering of its own; without it training goes on where it was."""
+    run = trainer(tmp_path, PCConfig(relaxed_fraction=0.2))
+    run.model_init = lambda: make("gpt2")
+    logs = []
+    for _ in range(2):
+        run.train()
+        logs.append([(log["loss"], log["relative_std"]) for log in run.state.log_history if "loss" in log])
+    assert logs[0] == logs[1]
+
+
+def test_frozen_models_of_model_init_are_refused(tmp_path: Path) -> None:
+    """As those that are given, though no sooner than in the first step."""
+    run = trainer(tmp_path)
+    run.model_init = lambda: make("gpt2").requires_grad_(False)
+    with pytest.raises(ValueError, match="there is nothing to learn"):
+        run.train()
+
+
+def test_the_best_model_comes_with_its_own_steering(tmp_path: Path) -> None:
+    """`load_best_model_at_end` loads what steering had learned by then, and saves it beside the weights."""
+    run = trainer(tmp_path, learning_rate=0.1, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+                  save_steps=1, load_best_model_at_end=True)  # fmt: skip
+    run.train()
+    run.save_model()
+    best = Path(run.state.best_model_checkpoint)
+    assert best.name != "checkpoint-4"  # else this says nothing
+    assert (tmp_path / "pc_state.json").read_text() == (best / "pc_state.json").read_text()
+
+
+@pytest.mark.parametrize("cls", [PCTrainer, BackpropTrainer])
+def test_steps_without_labels_are_gone_through(tmp_path: Path, caplog: pytest.LogCaptureFixture, cls: Any) -> None:
+    """Nothing is learned from them, the run goes on, and says so once."""
+    data = [{"input_ids": row["input_ids"], "labels": [-100] * 16} for row in rows(8)]
+    run = trainer(tmp_path, RELAXING if cls is PCTrainer else None, cls, train_dataset=data, weight_decay=0.0)
+    before = weights(run).clone()
+    run.train()
+    assert torch.equal(weights(run), before)
+    assert caplog.text.count("every label is ignored") == 1
+    assert [log["loss"] for log in run.state.log_history if "loss" in log] == [0.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"curvature_steps": 1.5}, "curvature_steps=1.5 is not allowed: a whole number"),
+        ({"curvature_steps": "5"}, "curvature_steps='5' is not allowed: a whole number"),
+        ({"nonfinite_patience": 0}, "nonfinite_patience=0 is not allowed: a whole number of at least 1"),
+    ],
+)
+def test_own_arguments_are_whole_numbers(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    """Those that PCTrainingArguments adds."""
+    with pytest.raises(ValueError, match=message):
+        PCTrainingArguments(str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize("given", ["block", [1], 3, PCConfig], ids=str)
+def test_what_is_no_configuration(tmp_path: Path, given: Any) -> None:
+    """Neither a PCConfig, nor its dictionary, nor None: an error that shows it, from the trainer and from PCModel."""
+    with pytest.raises(ValueError, match="a PCConfig, its dictionary or None is needed"):
+        trainer(tmp_path, given)
+    with pytest.raises(ValueError, match="a PCConfig, its dictionary or None is needed"):
+        PCModel(make("gpt2"), given)
+    assert PCModel(make("gpt2"), {"sweeps": 2}).config.sweeps == 2
+
+
+def test_train_takes_a_trial_by_place(tmp_path: Path) -> None:
+    """As the Trainer's does."""
+    assert trainer(tmp_path, max_steps=1).train(None, None).global_step == 1

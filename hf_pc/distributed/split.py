@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_pc.batch_state import copied
 from hf_pc.config import PCConfig
 from hf_pc.distributed.chain import trace
 from hf_pc.distributed.neighbours import Neighbours, Receipt, Timeline
@@ -69,12 +70,12 @@ class SplitPCModel(PCModel):
     def __init__(
         self,
         model: nn.Module,
-        config: PCConfig | None = None,
+        config: PCConfig | dict[str, Any] | None = None,
         *,
         split: Sequence[int] | None = None,
         example: Mapping[str, Any] | None = None,
     ) -> None:
-        config = config or PCConfig(solver="state")
+        config = PCConfig(solver="state") if config is None else PCConfig.of(config)
         _check_group()
         same_everywhere({f"PCConfig.{name}": value for name, value in config.to_dict().items()} | {"split": split})
         same_everywhere(_signature(model))
@@ -123,11 +124,13 @@ class SplitPCModel(PCModel):
                              "reaches into every block")  # fmt: skip
         self._random.restore()
         self._first_prediction.begin_pass()
+        at_rest = self.relaxation.at_rest
+        self._statistics.hold(not at_rest)
         if self.config.dropout == "off":
             self.model.eval()
-        if self.relaxation.at_rest:
+        if at_rest:
             self.stage.forget_random()
-        at_rest = self.relaxation.at_rest
+        batch = copied(batch)
         if at_rest or (self.stage.first and self.relaxation.mode == LEARN):
             with by_all(self.neighbours.device) if at_rest else nullcontext():  # the first alone looks up inputs
                 self._entered = self.stage.enter(batch)

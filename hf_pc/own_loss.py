@@ -1,0 +1,83 @@
+"""Whether the output energy is the loss that the model itself computes from labels.
+
+The energy is made from the logits alone (`hf_pc.output` says why), by rules that know transformers' classes. Of a
+class of the user's own, a loss function that was put in, or a head with more than one loss they may be wrong, and
+nothing in a training run would show it: the baseline learns from the same energy. So the first batch is asked.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_pc.output import IGNORED, Output, auxiliary_loss, base_model, evaluating
+from hf_pc.processes import is_sharded
+
+logger = logging.getLogger(__name__)
+
+
+def compare_with_own(model: nn.Module, inputs: Mapping[str, Any], output: Output) -> str | None:
+    """Compare the energy per label with the model's own loss of a batch, in plain forward passes in evaluation mode.
+
+    Warns where they differ by more than rounding: a weight per class, a loss of the model's own. A regression's own
+    loss is twice the energy of a Gaussian output, which is no difference. Says nothing where there is nothing to
+    compare: a model that returns no loss or cannot take the batch, a batch without labels, a sharded model.
+
+    Returns:
+        What is wrong where the own loss is that of labels which are shifted and the output does not shift them, or the
+        other way round, so that the model would learn another task; else None.
+    """
+    if is_sharded(model):  # a pass of its own would gather every block once more, and keep what it gathered
+        return None
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(devices), evaluating(model):
+        try:
+            batch, labels = output.split(inputs)
+            output.check(model(**batch)["logits"], labels)  # a label out of range would end a GPU's process
+            found = model(**inputs)
+        except Exception:  # said where it is learned from
+            return None
+    own = found.get("loss") if isinstance(found, Mapping) else None
+    if not isinstance(own, Tensor) or own.numel() != 1 or not bool(own.isfinite()):
+        return None
+    kind = type(base_model(model)).__name__
+    energy = _per_label(model, found, inputs, output)
+    factors = (1.0,) if output.has_perplexity else (1.0, 2.0)
+    if energy is None or any(_equal(own, factor * energy) for factor in factors):
+        return None
+    other = _per_label(model, found, inputs, replace(output, shifted=not output.shifted, virtual=0))
+    if other is not None and _equal(own, other):
+        said, wanted = ("as they are", "ForMaskedLM") if output.shifted else ("shifted by one", "ForCausalLM")
+        return (
+            f"{kind} computes its loss from labels {said}, which its class does not tell: set "
+            f"model.loss_type={wanted!r} before the trainer is made"
+        )
+    logger.warning(
+        "%s computes a loss of %.4f from the first batch itself; what is learned here is the output energy of its "
+        "logits, %.4f nats per label. A loss of the model's own, such as one with weights, is not followed",
+        kind, float(own), float(energy),
+    )  # fmt: skip
+    return None
+
+
+def _per_label(model: nn.Module, found: Mapping[str, Any], inputs: Mapping[str, Any], output: Output) -> Tensor | None:
+    """The output energy per label, with a router's loss; None where there are no labels, or none that fit."""
+    try:
+        labels = output.split(inputs)[1]
+        tokens = labels.ne(IGNORED).sum()
+        if not tokens:
+            return None
+        energy: Tensor = output.total(found, labels).sum() / tokens + auxiliary_loss(model, found)
+        return energy
+    except ValueError:  # said where it is learned from
+        return None
+
+
+def _equal(own: Tensor, energy: Tensor) -> bool:
+    """But for rounding, a loss in half precision being rounded itself."""
+    return abs(float(own) - float(energy)) <= (1e-4 + 4 * torch.finfo(own.dtype).eps) * max(1.0, abs(float(own)))

@@ -1,0 +1,105 @@
+"""What a pass leaves behind, draws or writes to counts once in a step, however many passes it makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+    set_seed,
+)
+
+from hf_pc import PCConfig, PCModel
+from hf_pc.rng import RandomState
+
+#: passes of several phases, one that starts at rest twice, and pieces
+WAYS: list[dict[str, Any]] = [{}, {"learning": "extrapolated"}, {"learning": "wake_sleep"}, {"solver": "state"}]
+
+
+def resnet() -> Any:
+    set_seed(0)
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
+    return ResNetForImageClassification(ResNetConfig(**sizes, layer_type="basic")).train()
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_running_statistics_count_a_batch_once(way: dict[str, Any]) -> None:
+    """BatchNorm's are those of a plain forward pass in training mode, and a later one counts again."""
+    inputs = {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 1, 2, 0])}
+    plain, model = resnet(), resnet()
+    pc = PCModel(model, PCConfig(sweeps=4, relative_std=0.3, **way))
+    for _ in range(2):
+        plain(pixel_values=inputs["pixel_values"])
+        pc.accumulate_grad(**inputs)
+    pc.relax(**inputs)
+    plain(pixel_values=inputs["pixel_values"])
+    for (name, found), expected in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, msg=name)
+    assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def wav2vec2(share: float) -> Any:
+    set_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3,
+                             "num_attention_heads": 2, "conv_dim": (16, 16), "conv_stride": (5, 4),
+                             "conv_kernel": (10, 4), "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4,
+                             "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8, "vocab_size": 48,
+                             "num_labels": 3, "initializer_range": 0.3}  # fmt: skip
+    still = dict.fromkeys(("hidden_dropout", "attention_dropout", "feat_proj_dropout", "final_dropout", "layerdrop",
+                           "activation_dropout"), 0.0)  # fmt: skip
+    config = Wav2Vec2Config(**sizes, **still, mask_time_prob=share, mask_time_length=5)
+    return Wav2Vec2ForSequenceClassification(config).train()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_masks_that_numpy_draws_are_the_same_in_every_sweep(share: float) -> None:
+    """SpecAugment: no sequence ends above rest and none is refused, as without masks; each step draws anew."""
+    set_seed(0)
+    pc = PCModel(wav2vec2(share), PCConfig(sweeps=4, relative_std=0.05))
+    inputs = {"input_values": torch.randn(4, 2000), "labels": torch.tensor([0, 1, 2, 0])}
+    reports = [pc.accumulate_grad(**inputs) for _ in range(3)]
+    assert all(report.refused == 0 for report in reports)
+    assert all(report.free_energy < report.feedforward_energy for report in reports)
+    assert (len({report.feedforward_energy for report in reports}) > 1) == (share > 0)
+
+
+def test_every_generator_is_restored() -> None:
+    """Python's, numpy's and torch's draw again what they drew."""
+    import random
+
+    state = RandomState([torch.device("cpu")])
+    drawn = [(random.random(), np.random.rand(), float(torch.rand(()))) for _ in range(2) if state.restore() is None]
+    assert drawn[0] == drawn[1]
+
+
+def whisper() -> Any:
+    set_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
+                             "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32,
+                             "decoder_ffn_dim": 32, "num_mel_bins": 8, "max_source_positions": 20,
+                             "decoder_start_token_id": 1, "pad_token_id": 0, "suppress_tokens": None,
+                             "begin_suppress_tokens": None, "dropout": 0.0}  # fmt: skip
+    config = WhisperConfig(**sizes, apply_spec_augment=True, mask_time_prob=0.2, mask_time_length=2)
+    return WhisperForConditionalGeneration(config).train()
+
+
+@pytest.mark.parametrize("way", [*WAYS, {"learning": "balanced"}], ids=str)
+def test_what_a_model_writes_into_its_inputs(way: dict[str, Any]) -> None:
+    """Whisper masks its features in place: the caller's stay as they are, and it learns as with a copy of its own."""
+    features, labels = torch.randn(4, 8, 40) + 5, torch.randint(3, 64, (4, 6))
+    given = features.clone()
+    pc = PCModel(whisper(), PCConfig(sweeps=4, relative_std=0.05, **way))
+    np.random.seed(0)
+    report = pc.accumulate_grad(input_features=given, labels=labels)
+    assert torch.equal(given, features)
+    assert report.refused == 0
+    assert all(p.grad.isfinite().all() for p in pc.model.parameters() if p.grad is not None)
