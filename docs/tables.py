@@ -107,6 +107,15 @@ MERGED = {"context_256": over_seeds, "long": over_seeds}
 RELAXED = {"relaxed_fraction": of_pc("relaxed_fraction", ".3f"), "residual": of_pc("residual", ".3f")}
 REGIME = RELAXED | {"regime": of_pc("regime")}
 
+METHODS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "method": lambda line: f"`{line['method']}`",
+    "test perplexity": lambda line: f"{line['mean']:.2f} ± {line['spread']:.2f}",
+    "gap to backprop": _gap_of("over_backprop"),
+    **REGIME,
+    "refused": of_pc("refused", ".1%"),
+    "step over backprop's": field("step_time_ratio", ".1f"),
+}
+
 TABLES: dict[str, dict[str, Column]] = {
     "step_cost": {
         "model": field("model"),
@@ -219,14 +228,8 @@ TABLES: dict[str, dict[str, Column]] = {
         "less backprop's ": _gap_of("marginal_over_backprop"),
         **RELAXED,
     },
-    "solvers": {
-        "method": lambda line: f"`{line['method']}`",
-        "test perplexity": lambda line: f"{line['mean']:.2f} ± {line['spread']:.2f}",
-        "gap to backprop": _gap_of("over_backprop"),
-        **REGIME,
-        "refused": of_pc("refused", ".1%"),
-        "step over backprop's": field("step_time_ratio", ".1f"),
-    },
+    "solvers": METHODS,
+    "precision": METHODS,
     "continual": {
         "method": lambda line: f"`{line['method']}`",
         "rate": field("learning_rate", "g"),

@@ -60,23 +60,40 @@ class Node:
 
     def attach(self, visit: Callable[[Node, Tensor], Tensor | None]) -> Any:
         """Let `visit(node, mu)` replace the module's output; None leaves it as it is. Returns the hook's handle."""
+        return self.module.register_forward_hook(_Hook(self, visit))
 
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            mu = output[0] if isinstance(output, (tuple, list)) and output else output
-            if not isinstance(mu, Tensor):
-                raise TypeError(
-                    f"node {self.name!r} ({type(module).__name__}) returns {type(output).__name__}, which holds no "
-                    "tensor first: choose a module that returns a tensor or a tuple that begins with one"
-                )
-            state = visit(self, mu)
-            if state is None:
-                return None
-            if output is mu:
-                return state
-            rest = output[1:]
-            return type(output)(state, *rest) if hasattr(output, "_fields") else type(output)((state, *rest))
 
-        return self.module.register_forward_hook(hook)
+class _Hook:
+    """A node's hook. A copy of the module, or a pickle, has one that does nothing."""
+
+    def __init__(self, node: Node, visit: Callable[[Node, Tensor], Tensor | None]) -> None:
+        self.node = node
+        self.visit = visit
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        mu = output[0] if isinstance(output, (tuple, list)) and output else output
+        if not isinstance(mu, Tensor):
+            raise TypeError(
+                f"node {self.node.name!r} ({type(module).__name__}) returns {type(output).__name__}, which holds no "
+                "tensor first: choose a module that returns a tensor or a tuple that begins with one"
+            )
+        state = self.visit(self.node, mu)
+        if state is None:
+            return None
+        if output is mu:
+            return state
+        rest = output[1:]
+        return type(output)(state, *rest) if hasattr(output, "_fields") else type(output)((state, *rest))
+
+    def __reduce__(self) -> tuple[type[_Idle], tuple[()]]:
+        return _Idle, ()
+
+
+class _Idle:
+    """What a hook becomes in a copy: no PCModel is attached to that."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        return None
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ nothing in a training run would show it: the baseline learns from the same energ
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,19 +17,26 @@ from torch import Tensor, nn
 from hf_pc.output import IGNORED, Output, auxiliary_loss, base_model, evaluating
 from hf_pc.processes import is_sharded
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Difference:
+    """What is to be said of a model whose own loss is not the output energy.
+
+    Args:
+        text: what differs, and what to do.
+        other_task: the own loss is of labels that are aligned otherwise, so that the model would learn another task.
+    """
+
+    text: str
+    other_task: bool
 
 
-def compare_with_own(model: nn.Module, inputs: Mapping[str, Any], output: Output) -> str | None:
+def difference(model: nn.Module, inputs: Mapping[str, Any], output: Output) -> Difference | None:
     """Compare the energy per label with the model's own loss of a batch, in plain forward passes in evaluation mode.
 
-    Warns where they differ by more than rounding: a weight per class, a loss of the model's own. A regression's own
-    loss is twice the energy of a Gaussian output, which is no difference. Says nothing where there is nothing to
-    compare: a model that returns no loss or cannot take the batch, a batch without labels, a sharded model.
-
-    Returns:
-        What is wrong where the own loss is that of labels which are shifted and the output does not shift them, or the
-        other way round, so that the model would learn another task; else None.
+    They differ where one is of shifted labels and the other is not, by a weight per class, by a second head. A
+    regression's own loss is twice the energy of a Gaussian output, which is no difference. None too where there is
+    nothing to compare: a model that returns no loss or cannot take the batch, a batch without labels, a sharded model.
     """
     if is_sharded(model):  # a pass of its own would gather every block once more, and keep what it gathered
         return None
@@ -53,16 +59,15 @@ def compare_with_own(model: nn.Module, inputs: Mapping[str, Any], output: Output
     other = _per_label(model, found, inputs, replace(output, shifted=not output.shifted, virtual=0))
     if other is not None and _equal(own, other):
         said, wanted = ("as they are", "ForMaskedLM") if output.shifted else ("shifted by one", "ForCausalLM")
-        return (
+        return Difference(
             f"{kind} computes its loss from labels {said}, which its class does not tell: set "
-            f"model.loss_type={wanted!r} before the trainer is made"
-        )
-    logger.warning(
-        "%s computes a loss of %.4f from the first batch itself; what is learned here is the output energy of its "
-        "logits, %.4f nats per label. A loss of the model's own, such as one with weights, is not followed",
-        kind, float(own), float(energy),
-    )  # fmt: skip
-    return None
+            f"model.loss_type={wanted!r} before the trainer is made", True
+        )  # fmt: skip
+    return Difference(
+        f"{kind} computes a loss of {float(own):.4f} from this batch itself; what is learned is the output energy of "
+        f"its logits, {float(energy):.4f} nats per label. A loss of its own, as one with weights, is not followed",
+        False,
+    )
 
 
 def _per_label(model: nn.Module, found: Mapping[str, Any], inputs: Mapping[str, Any], output: Output) -> Tensor | None:

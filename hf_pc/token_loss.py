@@ -14,7 +14,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from hf_pc.callbacks import PCProgressCallback
 from hf_pc.output import IGNORED, Output, auxiliary_loss
-from hf_pc.own_loss import compare_with_own
+from hf_pc.own_loss import difference
 from hf_pc.processes import at_once
 from hf_pc.provenance import Secret
 
@@ -86,8 +86,10 @@ class TokenLossMixin(_TrainerPart):
         """Before the first step: whether what is learned is what the model's own loss is of."""
         if not self._compared:
             self._compared = True
-            prepared = self._prepare_inputs(inputs)
-            at_once(compare_with_own(self.accelerator.unwrap_model(model), prepared, self.output))
+            found = difference(self.accelerator.unwrap_model(model), self._prepare_inputs(inputs), self.output)
+            at_once(found.text if found is not None and found.other_task else None)
+            if found is not None:
+                logger.warning(found.text)
 
     def compute_loss(
         self,

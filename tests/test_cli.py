@@ -88,6 +88,7 @@ def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", str(tmp_path), "--sequence", "8", "--batch", "2", "--json"]) == 0
     rows = {row["check"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["nodes"]["value"] == 3
+    assert rows["output energy against the model's own loss"]["value"] == "the same"
     assert rows["gradient at T = 1 against backprop's"]["value"] < 1e-4
     assert rows["largest curvature of the free energy"]["value"] > 0
     assert rows["time of a step over backprop's"]["value"] > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -300,3 +301,22 @@ def test_what_was_measured_is_sent_alone() -> None:
         pc.learning_pass(inputs)[0].backward()
         sums = pc.observe(relaxation)
     assert {value.untyped_storage().nbytes() for value in sums.values()} == {8}
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_copies_are_plain_models(tmp_path: Path, attached: bool) -> None:
+    """A copy or a pickle of the model, made while nodes are on it, has none: an average of weights, say."""
+    pc = PCModel(make("gpt2"), PCConfig(relative_std=0.5))
+    copied = copy.deepcopy(pc.model)
+    torch.save(pc.model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    if not attached:
+        pc.detach()
+    pc_logits = pc.model(batch()["input_ids"]).logits
+    for other in (copied, loaded, copy.deepcopy(copied)):
+        assert torch.equal(other(batch()["input_ids"]).logits, pc_logits)
+        again = PCModel(other, PCConfig(relative_std=0.5))
+        assert len(again.relax(**batch()).errors) == 3
+        again.detach()
+    if attached:
+        assert len(pc.relax(**batch()).errors) == 3

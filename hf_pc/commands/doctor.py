@@ -16,6 +16,8 @@ from hf_pc.commands.waiting import stages
 from hf_pc.config import PCConfig
 from hf_pc.diagnostics import compare_with_backprop, largest_curvature
 from hf_pc.model import PCModel
+from hf_pc.output import Output
+from hf_pc.own_loss import difference
 from hf_pc.placement import layer_drop, resolve
 from hf_pc.relaxation import regime
 
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             raise ValueError(f"--sequence {args.sequence} is over the {positions} positions of the model")
         batch = random_batch(model, args.batch, args.sequence)
         begin("gradients at T = 1")
-        rows = [_nodes(model, config), _one_sweep(model, config, batch)]
+        rows = [_nodes(model, config), _loss(model, batch), _one_sweep(model, config, batch)]
         pc = PCModel(model, config)
         try:
             for check in (_relaxation, _curvature, _time, _memory):
@@ -97,6 +99,13 @@ def _load(args: argparse.Namespace) -> Any:
 def _nodes(model: Any, config: PCConfig) -> dict[str, Any]:
     nodes = resolve(model, config)
     return _row("nodes", len(nodes), OK, f"{nodes[0].name} to {nodes[-1].name}")
+
+
+def _loss(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    check, found = "output energy against the model's own loss", difference(model, batch, Output.of(model))
+    if found is None:
+        return _row(check, "the same", OK)
+    return _row(check, "differs", FAILED if found.other_task else WARNING, found.text)
 
 
 def _one_sweep(model: Any, config: PCConfig, batch: dict[str, Any]) -> dict[str, Any]:
