@@ -196,18 +196,36 @@ def test_noise_is_in_the_targets_alone() -> None:
     assert float(wrong) == pytest.approx(0.2 * 39 / 40, abs=0.02)
 
 
-@pytest.mark.parametrize(("solver", "sweeps"), [("error", ["1", "3"]), ("state", ["3"])])
+STEP = ["--layers", "2", "--hidden", "16", "--sequence", "8", "--batch", "2", "--vocab", "50", "--runs", "2"]
+
+
+@pytest.mark.parametrize(
+    ("sweeps", "more"),
+    [(["1", "3"], ["--optimizer", "--checkpointing"]), (["3"], ["--solver", "state"]), (["3"], ["--compile"])],
+    ids=str,
+)
 def test_step_cost(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], solver: str, sweeps: list[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sweeps: list[str], more: list[str]
 ) -> None:
-    """One JSON line per T with time over backprop's, its limit, memory and the regime."""
-    size = ["--layers", "2", "--hidden", "16", "--sequence", "8", "--batch", "2", "--vocab", "50", "--runs", "2"]
-    monkeypatch.setattr("sys.argv", ["step_cost.py", *size, "--solver", solver, "--sweeps", *sweeps])
+    """One JSON line per T with time over backprop's, its limit, memory and the regime; and what was asked for."""
+    monkeypatch.setattr("sys.argv", ["step_cost.py", *STEP, *more, "--sweeps", *sweeps])
+    here = step_cost.measured_memory
+    monkeypatch.setattr(
+        step_cost, "memory", lambda args, count, checkpointed=False: 1 + here(args, count, checkpointed)
+    )
     step_cost.main()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["sweeps"] for line in lines] == [int(count) for count in sweeps]
     assert all(line["time_ratio"] > 0 and line["memory_ratio"] > 0 for line in lines)
     assert [line["limit"] for line in lines] == [1.0, 2.333][-len(sweeps) :]
+    assert all(("time_ratio_compiled" in line) == ("--compile" in more) for line in lines)
+    assert all(("memory_ratio_checkpointed" in line) == ("--checkpointing" in more) for line in lines)
+
+
+def test_memory_is_measured_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peak of a step over the built model, in bytes: logits and activations at least."""
+    monkeypatch.setattr("sys.argv", ["step_cost.py", *STEP, "--sequence", "512", "--batch", "8"])
+    assert step_cost.memory(step_cost.parse(), 2) > 8 * 512 * 50 * 4
 
 
 def test_peers(capsys: pytest.CaptureFixture[str]) -> None:

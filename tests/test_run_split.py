@@ -4,8 +4,6 @@ processes learn the same is for test_split.py to show."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
 import run_split_pc  # noqa: E402
+import scaling  # noqa: E402
 
 SMALL = ["--config_overrides", "n_layer=2,n_embd=16,n_head=2,n_positions=32", "--block_size", "32"]
 
@@ -67,14 +66,15 @@ def test_a_checkpoint_of_other_processes_is_refused(tmp_path: Path, flags: list[
         run_split_pc.main(run)
 
 
-def test_scaling_on_two_processes(tmp_path: Path) -> None:
+def test_scaling_on_two_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each line has speed, traffic, idle share, memory and the cost model's prediction; a timeline is drawn."""
-    command = [sys.executable, str(EXAMPLES / "benchmarks" / "scaling.py"), "--processes", "2", "--predict", "4",
-               "--layers", "4", "--hidden", "32", "--sequence", "16", "--batch", "2", "--vocab", "64", "--runs", "2",
-               "--sweeps", "6", "--output_dir", str(tmp_path)]  # fmt: skip
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    measured, predicted = map(json.loads, done.stdout.splitlines())
+    size = ["--layers", "4", "--hidden", "32", "--sequence", "16", "--batch", "2", "--vocab", "64", "--runs", "2"]
+    given = ["--processes", "2", "--predict", "4", *size, "--sweeps", "6", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["scaling.py", *given])
+    scaling.main()
+    measured, predicted = map(json.loads, capsys.readouterr().out.splitlines())
     assert measured["processes"] == 2
     assert sum(measured["split"]) == 4
     # a state of 2 sequences of 16 by 32 numbers goes up in every sweep, and a signal down in all but the first
