@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_pc.output import IGNORED, Output, auxiliary_loss, base_model, evaluating
 from hf_pc.processes import is_sharded
+from hf_pc.rng import undrawn
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ def difference(model: nn.Module, inputs: Mapping[str, Any], output: Output) -> D
     """
     if is_sharded(model):  # a pass of its own would gather every block once more, and keep what it gathered
         return None
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(devices), evaluating(model):
+    with torch.no_grad(), undrawn(p.device for p in model.parameters()), evaluating(model):
         try:
             batch, labels = output.split(inputs)
             output.check(model(**batch)["logits"], labels)  # a label out of range would end a GPU's process

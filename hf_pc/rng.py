@@ -27,12 +27,19 @@ class RandomState:
 
 
 @contextmanager
-def own_stream(index: int, devices: Iterable[torch.device]) -> Iterator[None]:
-    """Inside, each process draws what no other does; behind it those that drew alike before do so again."""
-    seed = int(torch.randint(2**62, ()))
+def undrawn(devices: Iterable[torch.device]) -> Iterator[None]:
+    """What is drawn inside counts for nothing behind it."""
     before = RandomState(devices)
-    torch.manual_seed(seed + index)
     try:
         yield
     finally:
         before.restore()
+
+
+@contextmanager
+def own_stream(index: int, devices: Iterable[torch.device]) -> Iterator[None]:
+    """Inside, each process draws what no other does; behind it those that drew alike before do so again."""
+    seed = int(torch.randint(2**62, ()))
+    with undrawn(devices):
+        torch.manual_seed(seed + index)
+        yield

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_pc.model import PCModel
+from hf_pc.rng import undrawn
 
 
 def largest_curvature(pc: PCModel, inputs: Mapping[str, Any], iterations: int = 8, step: float = 1e-3) -> float:
@@ -31,7 +32,8 @@ def largest_curvature(pc: PCModel, inputs: Mapping[str, Any], iterations: int = 
         raise ValueError(
             f"weight_update={pc.config.weight_update!r} moves weights while it relaxes: nothing to probe at"
         )
-    with torch.enable_grad(), torch.random.fork_rng(), pc.relaxed(inputs, learns=False) as relaxation:
+    devices = [p.device for p in pc.model.parameters()]
+    with torch.enable_grad(), undrawn(devices), pc.relaxed(inputs, learns=False) as relaxation:
         if not relaxation.sites:  # at T = 1 nothing has run yet
             pc.free_energy_gradients(inputs)
         sites = relaxation.sites
