@@ -29,7 +29,7 @@ from hf_pc.processes import everywhere, is_sharded, process_count, process_index
 from hf_pc.relaxation import EVERY_PHASE, Relaxation, Share, add_sums, summary
 from hf_pc.report import RelaxationOutput
 from hf_pc.reuse import FirstPrediction
-from hf_pc.rng import RandomState
+from hf_pc.rng import RandomState, draws_from_numpy
 from hf_pc.saving import SavingMixin
 from hf_pc.solvers import SOLVERS
 from hf_pc.steering import Steering
@@ -69,6 +69,7 @@ class PCModel(SavingMixin):
         self._before: Relaxation | None = None
         self._first_prediction = FirstPrediction(model, self._module_nodes[0].module)
         self._statistics = RunningStatistics(model)
+        self._numpy = draws_from_numpy(model)
         self._own_labels: Tensor | None = None
         self._random: RandomState | None = None
         self._confirm: Callable[[], bool] | None = None
@@ -207,7 +208,7 @@ class PCModel(SavingMixin):
             later = not self._ends_with(phase) and all(other.warm for other in self.phases[1:])
             self._defers = later and not routed
             if first:  # the phases of a step see the same dropout masks
-                self._dropout_state = RandomState(p.device for p in self.model.parameters())
+                self._dropout_state = RandomState((p.device for p in self.model.parameters()), self._numpy)
             self._random = self._dropout_state
             with self._dropout():
                 with ExitStack() as relaxing:

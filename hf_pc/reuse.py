@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_pc.rng import RandomState
+from hf_pc.rng import RandomState, draws_from_numpy
 
 
 class FirstPrediction:
@@ -32,6 +32,7 @@ class FirstPrediction:
 
     def __init__(self, model: nn.Module, guess: nn.Module | None) -> None:
         self._model = model
+        self._numpy = draws_from_numpy(model)
         self._module = guess
         self._kept: tuple[Any, RandomState] | None = None
         self._versions: list[int] = []  # of the model's tensors when it was kept
@@ -107,7 +108,7 @@ class FirstPrediction:
                     computed()
                 if _repeats(args, kwargs, output, learns=computed is not None and not self._recomputes):
                     kept = output if _alone(output) else _detached(output)
-                    self._kept = kept, RandomState(p.device for p in self._model.parameters())
+                    self._kept = kept, RandomState((p.device for p in self._model.parameters()), self._numpy)
                     self._versions = self._written()
                 return output
             output, random = self._kept

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import nn
+
+
+def draws_from_numpy(model: nn.Module) -> bool:
+    """Whether the code of any of its modules knows numpy, as SpecAugment does: its generator takes long to copy."""
+    sources = {type(module).__module__ for module in model.modules()} & sys.modules.keys()
+    return any(value is np or value is np.random for name in sources for value in vars(sys.modules[name]).values())
 
 
 class RandomState:
-    """A copy of the generators' state on the CPU, those of Python and numpy too, and on the devices of a model."""
+    """A copy of the generators' state: Python's, torch's on the CPU and on the devices of a model, and numpy's.
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._python, self._numpy = random.getstate(), np.random.get_state()  # such as SpecAugment draws from
+    Args:
+        devices: the model's.
+        numpy: whether that is among them.
+    """
+
+    def __init__(self, devices: Iterable[torch.device], numpy: bool) -> None:
+        self._python = random.getstate()
+        self._numpy = np.random.get_state() if numpy else None
         self._cpu = torch.get_rng_state()
         self._cuda = {d: torch.cuda.get_rng_state(d) for d in set(devices) if d.type == "cuda"}
 
     def restore(self) -> None:
         random.setstate(self._python)
-        np.random.set_state(self._numpy)
+        if self._numpy is not None:
+            np.random.set_state(self._numpy)
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda.items():
             torch.cuda.set_rng_state(state, device)
@@ -29,7 +44,7 @@ class RandomState:
 @contextmanager
 def undrawn(devices: Iterable[torch.device]) -> Iterator[None]:
     """What is drawn inside counts for nothing behind it."""
-    before = RandomState(devices)
+    before = RandomState(devices, numpy=True)
     try:
         yield
     finally:

@@ -76,7 +76,7 @@ def test_every_generator_is_restored() -> None:
     """Python's, numpy's and torch's draw again what they drew."""
     import random
 
-    state = RandomState([torch.device("cpu")])
+    state = RandomState([torch.device("cpu")], numpy=True)
     drawn = [(random.random(), np.random.rand(), float(torch.rand(()))) for _ in range(2) if state.restore() is None]
     assert drawn[0] == drawn[1]
 

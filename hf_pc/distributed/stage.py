@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from hf_pc.distributed.chain import BEFORE, Call, Chain, hidden_of, with_hidden
 from hf_pc.distributed.neighbours import Timeline
-from hf_pc.rng import RandomState
+from hf_pc.rng import RandomState, draws_from_numpy
 
 
 class Stage:
@@ -58,6 +58,7 @@ class Stage:
         self._arguments: list[Call] = []
         self._random: list[RandomState] = []
         self._devices: set[torch.device] = set()
+        self._numpy = draws_from_numpy(model)
         self._skeletons: dict[str, nn.Module] = {}
         self._give_up()
 
@@ -141,7 +142,7 @@ class Stage:
     def _replay(self, position: int) -> None:
         """Whatever ran since, what runs at this position draws what it drew in its first call of the step."""
         if position == len(self._random):
-            self._random.append(RandomState(self._devices))
+            self._random.append(RandomState(self._devices, self._numpy))
         else:
             self._random[position].restore()
 
