@@ -1,8 +1,8 @@
 """What a pass over a batch leaves behind beside its outputs, so that a step of many passes leaves it once.
 
-Modules that count batches (BatchNorm's running statistics) do so in the pass at rest alone, as they would in a step of
-backprop: later ones see states that have seen the labels. What a model writes into its inputs (Whisper masks its
-features in place) it writes into a copy.
+BatchNorm's running statistics count a batch in the pass at rest alone, as they would in a step of backprop: later ones
+see states that have seen the labels. Where nothing is learned they do not count it. What a model writes into its
+inputs (Whisper masks its features in place) it writes into a copy.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class RunningStatistics:
-    """Those of a model's normalisations, which may be held as they are."""
+    """Those of a model's BatchNorms, which may be held as they are."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+        self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
     def hold(self, held: bool) -> None:
         """Whether passes in training mode leave them alone; they normalise by the batch all the same."""
@@ -27,7 +27,7 @@ class RunningStatistics:
 
 
 def copied(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's inputs, with a copy of every number that is no index."""
+    """A model's inputs, with a copy of every floating-point tensor among them; no model writes to indices."""
     return {
         name: value.clone() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in batch.items()

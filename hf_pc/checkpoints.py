@@ -7,6 +7,7 @@ push, and the next save clears it away.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from hf_pc.model import PCModel
 from hf_pc.saving import STATE_NAME
 from hf_pc.steering import check_state
 
+logger = logging.getLogger(__name__)
 _TrainerPart: Any = Trainer if TYPE_CHECKING else object
 
 #: the underscore keeps it out of what a Trainer pushes
@@ -106,7 +108,10 @@ class CheckpointMixin(_TrainerPart):
         super()._load_best_model()
         best = self.state.best_model_checkpoint
         if best is not None and self.pc is not None and (Path(best) / STATE_NAME).is_file():
-            self.pc.load_state_dict(read_json_file(Path(best) / STATE_NAME))
+            try:
+                self.pc.load_state_dict(read_json_file(Path(best) / STATE_NAME))
+            except ValueError as error:  # no reason to lose what was trained
+                logger.warning("the steering of %s cannot be read, so the last one is kept: %s", best, error)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -73,7 +73,7 @@ class PCModel(SavingMixin):
         self._own_labels: Tensor | None = None
         self._random: RandomState | None = None
         self._confirm: Callable[[], bool] | None = None
-        self._defers = self._sharded = False
+        self._defers = self._sharded = self._counts = False
         self._keep_states = False
         self._states: dict[str, Tensor] = {}
         self.attach()
@@ -123,7 +123,7 @@ class PCModel(SavingMixin):
         assert self.relaxation is not None
         self._random.restore()
         self._first_prediction.begin_pass()
-        self._statistics.hold(not (self.relaxation.at_rest and self._begins_with(self.relaxation.phase)))
+        self._statistics.hold(not (self._counts and self.relaxation.at_rest))
         if self.config.dropout == "off":  # again in every pass: a Trainer calls train() in between
             self.model.eval()
         try:
@@ -197,6 +197,7 @@ class PCModel(SavingMixin):
         batch, labels = self._split(inputs, phase)
         routed = routes(self.model, batch)  # a router's losses are gathered inside the blocks
         forward = self.model if weight_step is None or forward is None else forward
+        self._counts = learns and first
         over = True  # also where an exception ends the step
         try:
             self._sharded = is_sharded(self.model)

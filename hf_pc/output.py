@@ -67,7 +67,10 @@ class Output(ABC):
 
     @classmethod
     def of(cls, model: nn.Module, name: str = "auto") -> Output:
-        """The output energy of a model: the one named, or with "auto" what its own loss does with labels."""
+        """The output energy of a model: the one named, or with "auto" what its own loss does with labels.
+
+        Whether that shifts them is read off the class, unless the model has an attribute `shifts_labels`.
+        """
         base = base_model(model)
         config = getattr(base, "config", None)
         kinds = {cls.__name__ for cls in type(base).__mro__}  # sharding, and users, derive classes of their own
@@ -82,7 +85,8 @@ class Output(ABC):
             name = {"regression": "gaussian", "multi_label_classification": "bernoulli"}.get(
                 str(problem), "categorical"
             )
-        shifted = causal and not encoder_decoder
+        told = getattr(model, "shifts_labels", getattr(base, "shifts_labels", None))
+        shifted = causal and not encoder_decoder if told is None else bool(told)
         return OUTPUTS[name](shifted, keep_labels=encoder_decoder, virtual=_virtual_tokens(model) if shifted else 0)
 
     def split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
@@ -265,8 +269,11 @@ def auxiliary_loss(model: nn.Module, outputs: Any) -> Tensor | float:
     config = getattr(base_model(model), "config", None)
     total: Tensor | float = 0.0
     for kind in ("aux_loss", "z_loss"):
+        weight = getattr(config, f"router_{kind}_coef", None)
+        if weight is None:  # a model of images and text may have it with its text
+            weight = getattr(config.get_text_config(), f"router_{kind}_coef", 0.0) if config is not None else 0.0
         parts = [outputs.get(name) for name in (kind, f"encoder_{kind}", f"decoder_{kind}")]
-        total += sum(part for part in parts if part is not None) * getattr(config, f"router_{kind}_coef", 0.0)
+        total += weight * sum(part for part in parts if part is not None)
     return total
 
 

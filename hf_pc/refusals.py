@@ -83,8 +83,8 @@ def _refuse_weight_update(args: TrainingArguments, config: PCConfig) -> None:
 
 
 def _refuse_reentrant(args: TrainingArguments, config: PCConfig) -> None:
-    given: Any = args.gradient_checkpointing_kwargs or {}
-    if args.gradient_checkpointing and given.get("use_reentrant") and config.sweeps > 1:
+    given: Any = args.gradient_checkpointing_kwargs
+    if args.gradient_checkpointing and given and given.get("use_reentrant", True) and config.sweeps > 1:
         raise ValueError(
             f"gradient_checkpointing_kwargs={given} is not supported: such checkpointing finds no gradient of states; "
             "use {'use_reentrant': False}"

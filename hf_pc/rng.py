@@ -13,7 +13,10 @@ from torch import nn
 
 
 def draws_from_numpy(model: nn.Module) -> bool:
-    """Whether the code of any of its modules knows numpy, as SpecAugment does: its generator takes long to copy."""
+    """Whether the code of any of its modules knows numpy, as SpecAugment's does: its generator takes long to copy.
+
+    A forward that has others draw for it, in a file of its own without numpy, is not seen.
+    """
     sources = {type(module).__module__ for module in model.modules()} & sys.modules.keys()
     return any(value is np or value is np.random for name in sources for value in vars(sys.modules[name]).values())
 
@@ -57,4 +60,6 @@ def own_stream(index: int, devices: Iterable[torch.device]) -> Iterator[None]:
     seed = int(torch.randint(2**62, ()))
     with undrawn(devices):
         torch.manual_seed(seed + index)
+        random.seed(seed + index)
+        np.random.seed((seed + index) % 2**32)
         yield

@@ -14,8 +14,8 @@ from transformers.trainer_callback import ProgressCallback
 
 from hf_pc.callbacks import PCProgressCallback
 from hf_pc.output import IGNORED, Output, auxiliary_loss
-from hf_pc.own_loss import difference
-from hf_pc.processes import at_once
+from hf_pc.own_loss import NO_LABELS, OTHER_LOSS, OTHER_TASK, Comparison, compare
+from hf_pc.processes import gathered
 from hf_pc.provenance import Secret
 
 logger = logging.getLogger(__name__)
@@ -84,12 +84,17 @@ class TokenLossMixin(_TrainerPart):
 
     def _compare(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Before the first step: whether what is learned is what the model's own loss is of."""
-        if not self._compared:
-            self._compared = True
-            found = difference(self.accelerator.unwrap_model(model), self._prepare_inputs(inputs), self.output)
-            at_once(found.text if found is not None and found.other_task else None)
-            if found is not None:
-                logger.warning(found.text)
+        if self._compared:
+            return
+        own = compare(self.accelerator.unwrap_model(model), self._prepare_inputs(inputs), self.output)
+        found: list[Comparison] = gathered(own)  # so that all processes go on, or end, together
+        for said in found:
+            if said.verdict == OTHER_TASK:
+                raise ValueError(said.text)
+        self._compared = any(said.verdict != NO_LABELS for said in found)
+        different = [said.text for said in found if said.verdict == OTHER_LOSS]
+        if different and self.is_world_process_zero():
+            logger.warning(different[0])
 
     def compute_loss(
         self,
@@ -109,7 +114,7 @@ class TokenLossMixin(_TrainerPart):
         if learning and not items and not self._warned_of_no_labels:
             self._warned_of_no_labels = True
             logger.warning(
-                "step %d: every label is ignored (%d): nothing is learned from such a step. No more is said of others",
+                "step %d: every label is ignored (%d): no gradient comes from such a step. No more is said of others",
                 self.state.global_step, IGNORED,
             )  # fmt: skip
         items = max(items, 1)

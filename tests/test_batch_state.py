@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from hf_pc import PCConfig, PCModel
-from hf_pc.rng import RandomState
+from hf_pc.rng import RandomState, own_stream
 
 #: passes of several phases, one that starts at rest twice, and pieces
 WAYS: list[dict[str, Any]] = [{}, {"learning": "extrapolated"}, {"learning": "wake_sleep"}, {"solver": "state"}]
@@ -40,8 +41,7 @@ def test_running_statistics_count_a_batch_once(way: dict[str, Any]) -> None:
     for _ in range(2):
         plain(pixel_values=inputs["pixel_values"])
         pc.accumulate_grad(**inputs)
-    pc.relax(**inputs)
-    plain(pixel_values=inputs["pixel_values"])
+    pc.relax(**inputs)  # learns nothing, and counts nothing
     for (name, found), expected in zip(model.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(found, expected, msg=name)
     assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm2d))
@@ -74,8 +74,6 @@ def test_masks_that_numpy_draws_are_the_same_in_every_sweep(share: float) -> Non
 
 def test_every_generator_is_restored() -> None:
     """Python's, numpy's and torch's draw again what they drew."""
-    import random
-
     state = RandomState([torch.device("cpu")], numpy=True)
     drawn = [(random.random(), np.random.rand(), float(torch.rand(()))) for _ in range(2) if state.restore() is None]
     assert drawn[0] == drawn[1]
@@ -103,3 +101,16 @@ def test_what_a_model_writes_into_its_inputs(way: dict[str, Any]) -> None:
     assert torch.equal(given, features)
     assert report.refused == 0
     assert all(p.grad.isfinite().all() for p in pc.model.parameters() if p.grad is not None)
+
+
+def test_processes_draw_their_own() -> None:
+    """Each process, in each step, draws from every generator what no other does; behind it all draw alike."""
+    seen, behind = [], []
+    for index in (0, 1, 0):
+        if index == 1 or not seen:
+            set_seed(0)  # processes begin alike
+        with own_stream(index, []):
+            seen.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+        behind.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+    assert behind[0] == behind[1]
+    assert all(len({*drawn}) == len(drawn) for drawn in zip(*seen, strict=True))

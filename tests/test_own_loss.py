@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_invariants import batch, make
 from torch import Tensor
 from transformers import (
@@ -23,6 +25,8 @@ from transformers import (
     MixtralForCausalLM,
     NllbMoeConfig,
     NllbMoeForConditionalGeneration,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
     TrOCRConfig,
@@ -36,7 +40,8 @@ from transformers import (
 
 from hf_pc import PCConfig, PCModel, PCTrainer, PCTrainingArguments
 from hf_pc.output import Output
-from hf_pc.own_loss import difference
+from hf_pc.own_loss import NO_LABELS, NOT_COMPARED, OTHER_LOSS, SAME, compare
+from hf_pc.trainer import BackpropTrainer
 
 BERT = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 BART = {
@@ -88,7 +93,7 @@ ONE_OF_THREE = {"input_ids": batch()["input_ids"], "labels": torch.arange(len(ba
 NUMBERS = ONE_OF_THREE | {"labels": ONE_OF_THREE["labels"].float()}
 BITS = ONE_OF_THREE | {"labels": F.one_hot(ONE_OF_THREE["labels"], 3).float()}
 
-SAME: dict[str, tuple[Any, dict[str, Tensor]]] = {
+ALIKE: dict[str, tuple[Any, dict[str, Tensor]]] = {
     "gpt2": (lambda: make("gpt2"), TEXT),
     "a subclass": (lambda: Named(make("gpt2").config), TEXT),
     "prompt tuning": (
@@ -100,6 +105,12 @@ SAME: dict[str, tuple[Any, dict[str, Tensor]]] = {
     ),
     "nllb_moe": (
         lambda: NllbMoeForConditionalGeneration(NllbMoeConfig(**BART, **EXPERTS, output_router_logits=True)), TEXT
+    ),
+    "switch": (
+        lambda: SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(
+            vocab_size=50, d_model=16, d_ff=32, d_kv=8, num_layers=2, num_decoder_layers=2, num_heads=2,
+            num_experts=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=0,
+            router_z_loss_coef=0.5, router_aux_loss_coef=0.5, output_router_logits=True)), TEXT
     ),
     "t5": (
         lambda: T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_ff=32, d_kv=8, num_layers=2,
@@ -119,14 +130,14 @@ SAME: dict[str, tuple[Any, dict[str, Tensor]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", ALIKE)
 def test_the_energy_is_the_own_loss(name: str) -> None:
     """Of each kind of head: nothing is said, and one sweep's gradient is that of the model's own loss (of half of it,
     of a regression)."""
-    make_model, inputs = SAME[name]
+    make_model, inputs = ALIKE[name]
     set_seed(0)
     model = make_model().eval()
-    assert difference(model, inputs, Output.of(model)) is None
+    assert compare(model, inputs, Output.of(model)).verdict == SAME
     pc = PCModel(model, PCConfig(sweeps=1))
     pc.accumulate_grad(**inputs)
     pc.detach()
@@ -140,36 +151,88 @@ def test_the_energy_is_the_own_loss(name: str) -> None:
         torch.testing.assert_close(found[key], factor * gradient, rtol=1e-3, atol=1e-6)
 
 
-def trained(model: Any, inputs: dict[str, Tensor], folder: Path) -> None:
+def trained(model: Any, inputs: dict[str, Tensor], folder: Path, cls: Any = PCTrainer) -> Any:
     rows = [{key: value[i] for key, value in inputs.items()} for i in range(len(inputs["input_ids"]))]
-    args = PCTrainingArguments(str(folder), max_steps=1, report_to=[], use_cpu=True, save_strategy="no",
-                               remove_unused_columns=False)  # fmt: skip
-    PCTrainer(model=model, args=args, train_dataset=rows).train()  # type: ignore[arg-type]
+    args = PCTrainingArguments(str(folder), max_steps=2, report_to=[], use_cpu=True, save_strategy="no",
+                               remove_unused_columns=False, per_device_train_batch_size=2)  # fmt: skip
+    run = cls(model=model, args=args, train_dataset=rows)
+    run.train()
+    return run
 
 
-def test_another_alignment_ends_the_run(tmp_path: Path) -> None:
-    """A class that does not tell how it aligns labels is refused, with what to set; set so, it is none."""
+def as_they_are(logits: Tensor, labels: Tensor, **rest: Any) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("cls", [PCTrainer, BackpropTrainer])
+def test_another_alignment_ends_the_run(tmp_path: Path, cls: Any) -> None:
+    """A class that does not tell how it aligns labels is refused, with what to set, as often as it is tried."""
     set_seed(0)
     model = classes(Shifting)
-    with pytest.raises(ValueError, match=r"Shifting computes its loss from labels shifted by one.*'ForCausalLM'"):
-        trained(model, TEXT, tmp_path)
-    model.loss_type = "ForCausalLM"
-    assert difference(model, TEXT, Output.of(model)) is None
+    said = r"Shifting computes its loss from labels shifted by one.*model.shifts_labels = True"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=said):
+            trained(model, TEXT, tmp_path, cls)
+    model.shifts_labels = True
+    assert compare(model, TEXT, Output.of(model)).verdict == SAME
     causal = make("gpt2")
-    causal.loss_function = lambda logits, labels, **rest: F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    with pytest.raises(ValueError, match=r"from labels as they are.*'ForMaskedLM'"):
-        trained(causal, TEXT, tmp_path)
+    causal.loss_function = as_they_are
+    run = cls(model=causal, args=PCTrainingArguments(str(tmp_path), report_to=[], use_cpu=True),
+              train_dataset=[{key: value[0] for key, value in TEXT.items()}])  # fmt: skip
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"from labels as they are.*shifts_labels = False"):
+            run.train()
+
+
+def test_what_is_told_of_an_adapted_model() -> None:
+    """On the base model or on what wraps it."""
+    for told in ("base", "wrapper"):
+        model = get_peft_model(make("gpt2"), LoraConfig(target_modules=["c_attn"], r=2))
+        (model if told == "wrapper" else model.get_base_model()).shifts_labels = False
+        assert not Output.of(model).shifted
 
 
 def test_a_loss_of_its_own_is_not_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A run says once that it learns from the output energy; the random state is what it was."""
+    """A run says once that it learns from the output energy."""
     set_seed(0)
     model = classes(Weighted)
-    before = torch.get_rng_state()
-    found = difference(model, ONE_OF_THREE, Output.of(model))
-    assert found is not None
-    assert not found.other_task
-    assert torch.equal(torch.get_rng_state(), before)
+    assert compare(model, ONE_OF_THREE, Output.of(model)).verdict == OTHER_LOSS
     with caplog.at_level(logging.WARNING, "hf_pc"):
         trained(model, ONE_OF_THREE, tmp_path)
     assert caplog.text.count("is not followed") == 1
+
+
+class Doubling(GPT2LMHeadModel):
+    """One that writes into what it is given."""
+
+    def forward(self, inputs_embeds: Tensor | None = None, **inputs: Any) -> Any:
+        assert inputs_embeds is not None
+        return super().forward(inputs_embeds=inputs_embeds.mul_(2), **inputs)
+
+
+def test_comparing_leaves_no_trace() -> None:
+    """Inputs, modes and generators are what they were."""
+    model = Doubling(make("gpt2").config).train()
+    inputs = {"inputs_embeds": torch.ones(2, 8, 32), "labels": torch.ones(2, 8).long()}
+    before = [random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()]
+    assert compare(model, inputs, Output.of(model)).verdict == SAME
+    assert bool((inputs["inputs_embeds"] == 1).all())
+    assert all(module.training for module in model.modules())
+    assert before == [random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()]
+
+
+def test_where_there_is_nothing_to_compare(tmp_path: Path) -> None:
+    """A batch without labels is not the one to judge by: a run waits for the next; a wrong one is for learning to
+    name."""
+    model = make("gpt2")
+    output = Output.of(model)
+    none = {"input_ids": TEXT["input_ids"], "labels": torch.full_like(TEXT["labels"], -100)}
+    assert compare(model, none, output).verdict == NO_LABELS
+    wrong = {"input_ids": TEXT["input_ids"], "labels": torch.full_like(TEXT["labels"], 999)}
+    assert compare(model, wrong, output).verdict == NOT_COMPARED
+    model.loss_function = as_they_are
+    rows = [{key: value[0] for key, value in batch.items()} for batch in (none, TEXT)]
+    args = PCTrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, per_device_train_batch_size=1,
+                               train_sampling_strategy="sequential", save_strategy="no")  # fmt: skip
+    with pytest.raises(ValueError, match="from labels as they are"):
+        PCTrainer(model=model, args=args, train_dataset=rows).train()  # type: ignore[arg-type]

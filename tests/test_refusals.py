@@ -50,6 +50,10 @@ def test_what_a_launcher_asks_for(
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
             "use {'use_reentrant': False}",
         ),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"preserve_rng_state": True}},
+            "use {'use_reentrant': False}",
+        ),
         ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 1}}, "fsdp version 1 is not supported"),
         ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 2}}, "fsdp=True on the CPU is not supported"),
     ],

@@ -17,7 +17,7 @@ from hf_pc.config import PCConfig
 from hf_pc.diagnostics import compare_with_backprop, largest_curvature
 from hf_pc.model import PCModel
 from hf_pc.output import Output
-from hf_pc.own_loss import difference
+from hf_pc.own_loss import OTHER_TASK, SAME, compare
 from hf_pc.placement import layer_drop, resolve
 from hf_pc.relaxation import regime
 
@@ -102,10 +102,9 @@ def _nodes(model: Any, config: PCConfig) -> dict[str, Any]:
 
 
 def _loss(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    check, found = "output energy against the model's own loss", difference(model, batch, Output.of(model))
-    if found is None:
-        return _row(check, "the same", OK)
-    return _row(check, "differs", FAILED if found.other_task else WARNING, found.text)
+    found = compare(model, batch, Output.of(model))
+    verdict = {SAME: OK, OTHER_TASK: FAILED}.get(found.verdict, WARNING)
+    return _row("output energy against the model's own loss", found.verdict, verdict, found.text)
 
 
 def _one_sweep(model: Any, config: PCConfig, batch: dict[str, Any]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class SplitPCModel(PCModel):
         self._random.restore()
         self._first_prediction.begin_pass()
         at_rest = self.relaxation.at_rest
-        self._statistics.hold(not at_rest)
+        self._statistics.hold(not (self._counts and at_rest))
         if self.config.dropout == "off":
             self.model.eval()
         if at_rest:
