@@ -251,6 +251,7 @@ TABLES: dict[str, dict[str, Column]] = {
         "cosine": field("gradient_cosine", ".3f"),
     },
     "scaling": {
+        "model": field("model"),
         "blocks": field("layers"),
         "width": field("hidden"),
         "split": each("split", "d"),
