@@ -269,11 +269,12 @@ def auxiliary_loss(model: nn.Module, outputs: Any) -> Tensor | float:
     config = getattr(base_model(model), "config", None)
     total: Tensor | float = 0.0
     for kind in ("aux_loss", "z_loss"):
-        weight = getattr(config, f"router_{kind}_coef", None)
-        if weight is None:  # a model of images and text may have it with its text
-            weight = getattr(config.get_text_config(), f"router_{kind}_coef", 0.0) if config is not None else 0.0
-        parts = [outputs.get(name) for name in (kind, f"encoder_{kind}", f"decoder_{kind}")]
-        total += weight * sum(part for part in parts if part is not None)
+        names = (kind, f"encoder_{kind}", f"decoder_{kind}")
+        if parts := [outputs[name] for name in names if outputs.get(name) is not None]:
+            weight = getattr(config, f"router_{kind}_coef", None)
+            if weight is None:  # a model of images and text may have it with its text
+                weight = getattr(getattr(config, "text_config", None), f"router_{kind}_coef", 0.0)
+            total += weight * sum(parts)
     return total
 
 

@@ -149,7 +149,7 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
     ) -> Tensor:
         if self.pc is None:
             check_first_batch(inputs)
-            self._compare(model, inputs)
+        self._compare(model, inputs)  # not while a batch relaxes
         pc = self._attached()
         model.train()
         inputs = self._prepare_inputs(inputs)

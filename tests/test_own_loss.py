@@ -236,3 +236,22 @@ def test_where_there_is_nothing_to_compare(tmp_path: Path) -> None:
                                train_sampling_strategy="sequential", save_strategy="no")  # fmt: skip
     with pytest.raises(ValueError, match="from labels as they are"):
         PCTrainer(model=model, args=args, train_dataset=rows).train()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("first", [SAME, NO_LABELS])
+def test_comparing_changes_nothing_that_is_learned(tmp_path: Path, first: str) -> None:
+    """Not where it waits for labels either: a run that compares ends with the weights of one that does not."""
+    rows = [{key: value[i] for key, value in TEXT.items()} for i in range(2)]
+    if first == NO_LABELS:
+        rows[0]["labels"] = torch.full_like(rows[0]["labels"], -100)
+    ends = []
+    for compared in (True, False):
+        args = PCTrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_strategy="no",
+                                   per_device_train_batch_size=1, train_sampling_strategy="sequential")  # fmt: skip
+        model = make("gpt2", dropout=0.1)
+        run = PCTrainer(model=model, args=args, train_dataset=rows, pc_config=PCConfig(relative_std=0.3))  # type: ignore[arg-type]
+        run._compared = compared
+        run.train()
+        assert run._compared
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*ends)
