@@ -9,6 +9,7 @@ from oracles.descent import descend, fixed_steps
 from oracles.linear import LinearChain
 
 from hf_pc import NodeSpec, PCConfig, PCModel
+from hf_pc.energies import ENERGIES
 from hf_pc.solvers.state import FIRST_RATE
 
 ROWS, WIDTH = 4, 3
@@ -110,3 +111,23 @@ def test_a_sequence_that_is_no_number_is_left_to_the_guard() -> None:
         pc.detach()
     assert reports[0][0] == reports[1][0] > 0
     torch.testing.assert_close(reports[0][1][[0, 2, 3]], reports[1][1])
+
+
+@pytest.mark.parametrize("energy", ["gaussian", "laplace"])
+@pytest.mark.parametrize("step", [0.7, 1.0, 1.6])
+def test_weights_learn_where_the_last_move_leads(step: float, energy: str) -> None:
+    """What they learn from is dE/dmu at the errors that one sweep more would start from."""
+    model = LinearChain(layers=1, width=WIDTH)
+    for sweeps in (1, 3):
+        nodes = [NodeSpec("blocks.0", precision=0.8, energy=energy)]
+        settings = {"nodes": nodes, "output": "gaussian", "step_size": step}
+        after = PCModel(model, PCConfig(sweeps=sweeps + 1, **settings))  # type: ignore[arg-type]
+        (error,) = after.relax(inputs=X, labels=Y).errors.values()
+        after.detach()
+        pc = PCModel(model, PCConfig(sweeps=sweeps, **settings))  # type: ignore[arg-type]
+        model.zero_grad()
+        pc.accumulate_grad(inputs=X, labels=Y)
+        pc.detach()
+        down = ENERGIES[energy]().grad_prediction(error, None, torch.tensor(0.8, dtype=torch.float64))
+        expected = down.T @ X / Y.numel()
+        torch.testing.assert_close(model.layers[0].weight.grad, expected, rtol=1e-9, atol=1e-12)
