@@ -107,7 +107,7 @@ MERGED = {"context_256": over_seeds, "long": over_seeds}
 RELAXED = {"relaxed_fraction": of_pc("relaxed_fraction", ".3f"), "residual": of_pc("residual", ".3f")}
 REGIME = RELAXED | {"regime": of_pc("regime")}
 
-METHODS: dict[str, Callable[[dict[str, Any]], str]] = {
+METHODS: dict[str, Column] = {
     "method": lambda line: f"`{line['method']}`",
     "test perplexity": lambda line: f"{line['mean']:.2f} ± {line['spread']:.2f}",
     "gap to backprop": _gap_of("over_backprop"),

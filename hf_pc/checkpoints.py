@@ -107,21 +107,31 @@ class CheckpointMixin(_TrainerPart):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         best = self.state.best_model_checkpoint
-        if best is not None and self.pc is not None and (Path(best) / STATE_NAME).is_file():
-            try:
-                self.pc.load_state_dict(read_json_file(Path(best) / STATE_NAME))
-            except ValueError as error:  # no reason to lose what was trained
-                logger.warning("the steering of %s cannot be read, so the last one is kept: %s", best, error)
+        try:
+            state = None if best is None else _state_in(best)
+            if state is not None and self.pc is not None:
+                self.pc.load_state_dict(state)
+        except ValueError as error:  # no reason to lose what was trained
+            logger.warning("the steering of the best model cannot be read, so the last one is kept: %s", error)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / STATE_NAME
-        if path.is_file():
-            try:
-                self._restored = read_json_file(path)
-                check_state(self._restored)
-            except ValueError as error:
-                raise ValueError(f"{path} cannot be resumed from: {error}") from error
+        state = _state_in(resume_from_checkpoint)
+        if state is not None:
+            self._restored = state
+
+
+def _state_in(folder: str) -> dict[str, Any] | None:
+    """What steering and the energies had learned; None where a plain Trainer saved. Raises ValueError if malformed."""
+    path = Path(folder) / STATE_NAME
+    if not path.is_file():
+        return None
+    try:
+        state: dict[str, Any] = read_json_file(path)
+        check_state(state)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be resumed from: {error}") from error
+    return state
 
 
 def _move(written: Path, whole: Path) -> None:

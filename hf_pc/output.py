@@ -73,7 +73,7 @@ class Output(ABC):
         """
         base = base_model(model)
         config = getattr(base, "config", None)
-        kinds = {cls.__name__ for cls in type(base).__mro__}  # sharding, and users, derive classes of their own
+        kinds = {kind.__name__ for kind in type(base).__mro__}  # sharding, and users, derive classes of their own
         encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         loss = LOSS_MAPPING.get(getattr(base, "loss_type", None) or "")
         named = loss is None and not kinds.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())

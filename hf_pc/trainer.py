@@ -175,10 +175,9 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
                     assert relaxation.feedforward_energy is not None
                     assert relaxation.output_energy is not None
                     seen, relaxed = relaxation.feedforward_energy.sum(), relaxation.output_energy.sum()
-                    routing = self._routing
-                    learned = loss - routing
-                    logged = learned * (seen / relaxed) / phase.weight if relaxed else learned
-                    logged = logged + routing / phase.share
+                    logged = loss - self._routing
+                    logged = logged * (seen / relaxed) / phase.weight if relaxed else logged
+                    logged = logged + self._routing / phase.share
         assert logged is not None
         return logged
 

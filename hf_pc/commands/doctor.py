@@ -21,7 +21,7 @@ from hf_pc.own_loss import OTHER_TASK, SAME, compare
 from hf_pc.placement import layer_drop, resolve
 from hf_pc.relaxation import regime
 
-HELP = "check a model: gradients at T = 1, curvature, time and memory of a step, what would fail"
+HELP = "check a model: its own loss, gradients at T = 1, curvature, time and memory of a step, what would fail"
 EXAMPLE = "hf-pc doctor runs/clm --sweeps 3 --batch 8 --sequence 128"
 OK, WARNING, FAILED = "ok", "warning", "failed"
 #: largest deviation of a parameter's gradient from backprop's that rounding explains

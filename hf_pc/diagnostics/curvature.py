@@ -32,8 +32,8 @@ def largest_curvature(pc: PCModel, inputs: Mapping[str, Any], iterations: int = 
         raise ValueError(
             f"weight_update={pc.config.weight_update!r} moves weights while it relaxes: nothing to probe at"
         )
-    devices = [p.device for p in pc.model.parameters()]
-    with torch.enable_grad(), undrawn(devices), pc.relaxed(inputs, learns=False) as relaxation:
+    still = undrawn(p.device for p in pc.model.parameters())
+    with torch.enable_grad(), still, pc.relaxed(inputs, learns=False) as relaxation:
         if not relaxation.sites:  # at T = 1 nothing has run yet
             pc.free_energy_gradients(inputs)
         sites = relaxation.sites
