@@ -28,7 +28,7 @@ from hf_pc.placement import layer_drop, resolve
 from hf_pc.processes import everywhere, is_sharded, process_count, process_index
 from hf_pc.relaxation import EVERY_PHASE, Relaxation, Share, add_sums, summary
 from hf_pc.report import RelaxationOutput
-from hf_pc.reuse import FirstPrediction
+from hf_pc.reuse import FirstPrediction, unreached_left_out
 from hf_pc.rng import RandomState, draws_from_numpy
 from hf_pc.saving import SavingMixin
 from hf_pc.solvers import SOLVERS
@@ -221,8 +221,11 @@ class PCModel(SavingMixin):
                     if not keeps:
                         freeze()
                     if weight_step is None and not routed:
-                        reused = self._first_prediction.reused(computed=freeze if keeps else None)
-                        relaxing.enter_context(reused)
+                        computed = freeze if keeps else None
+                        relaxing.enter_context(self._first_prediction.reused(self._random, computed=computed))
+                        if self.solver.by_node:
+                            left_out = unreached_left_out(self._module_nodes, self.relaxation, self._random)
+                            relaxing.enter_context(left_out)
                     self._confirm = self._relax(batch, labels, weight_step, forward, freeze)
                 yield self.relaxation
             over = self._ends_with(phase)
@@ -311,7 +314,9 @@ class PCModel(SavingMixin):
         first = self._first_prediction
         self.relaxation.defers = mode == LEARN and self._defers and first.serves_learning()
         learns = mode == LEARN and self._ends_with(self.relaxation.phase) and first.learns()
-        with first.reused(graph=learns) if self.relaxation.defers or learns else nullcontext():
+        assert self._random is not None
+        reuses = self.relaxation.defers or learns
+        with first.reused(self._random, graph=learns) if reuses else nullcontext():
             self.relaxation.begin(mode)
             outputs, energy = self._pass(forward, batch, labels)
             stands = self._confirm()

@@ -155,8 +155,10 @@ class Site:
         self.last_move: Tensor | None = None
         self.waiting: Tensor | None = None  # signals to this node's module of phases that did not run it to learn
         self.rest_move: Tensor | None = None  # of a phase that begins elsewhere: where one move from rest would lead
-        # of solvers that differentiate piece by piece: g so far in this pass, and a Lagrange multiplier
+        # of solvers that differentiate piece by piece: g so far in this pass, whether there was one in any sweep, and
+        # a Lagrange multiplier
         self.signal: Tensor | None = None
+        self.reached = False
         self.multiplier: Tensor
         node.energy.check(mu, node.name)
         self.precision = strength.of(node, label, mu)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -134,6 +135,16 @@ class Relaxation:
         if self.phase.at_rest:
             return 1
         return max(1, sweeps - 2) if self.phase.warm else sweeps
+
+    def rests(self, site: Site) -> bool:
+        """Whether no signal has reached a site, nor one before it, so that it is at its prediction; by what a solver
+        of `Site.reached` knows of the sweeps so far."""
+        return site in takewhile(lambda other: not other.reached, self.sites)
+
+    def resting(self, node: Node) -> Site | None:
+        """The site of a node if it rests; None for a node that fires several times in a pass."""
+        sites = self._of_node[node.name]
+        return sites[0] if len(sites) == 1 and self.rests(sites[0]) else None
 
     @property
     def leaves(self) -> list[Tensor]:

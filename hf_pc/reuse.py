@@ -6,33 +6,38 @@ which its weights learn; until it has run, the weights are therefore not frozen.
 last has that graph: what the others teach the module is the sum of their signals at its node, which waits there for
 it (`Site.waiting`). It is computed anew to learn where a solver differentiates piece by piece, where the backward pass
 would run it again (activation checkpointing), and where a weight or a buffer was written to in between.
+
+Where states cut the graph, a signal comes down one node a sweep. Nodes that none has reached yet see what they saw at
+rest and predict the states that they have, so that relaxing sweeps leave them out: of all runs in the first L sweeps
+over L nodes half.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_pc.rng import RandomState, draws_from_numpy
+from hf_pc.node import RELAX, Node
+from hf_pc.relaxation import Relaxation
+from hf_pc.rng import RandomState
 
 
 class FirstPrediction:
     """Runs the first node's module once per step.
 
     Args:
-        model: the whole model; its devices have the generators.
+        model: the whole model.
         guess: what is taken for the module until a pass has shown which node fires first; None if the first module
             here sees states, and so computes anew in every sweep.
     """
 
     def __init__(self, model: nn.Module, guess: nn.Module | None) -> None:
         self._model = model
-        self._numpy = draws_from_numpy(model)
         self._module = guess
         self._kept: tuple[Any, RandomState] | None = None
         self._versions: list[int] = []  # of the model's tensors when it was kept
@@ -50,7 +55,7 @@ class FirstPrediction:
         module = self._module
         # a hook on its gradient would be called by the learning pass with what the first sweep has found
         hooked = module is not None and (module._backward_hooks or module._backward_pre_hooks)
-        return self._replaceable() and not hooked
+        return module is not None and _replaceable(module) and not hooked
 
     def serves_learning(self) -> bool:
         """Whether what is kept may stand in for the module in a learning pass: nothing else of it is learned from."""
@@ -67,10 +72,6 @@ class FirstPrediction:
         tensors = chain(self._model.parameters(), self._model.buffers())
         return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
-    def _replaceable(self) -> bool:
-        # what is compiled with its hooks is not to be replaced
-        return self._module is not None and getattr(self._module, "_compiled_call_impl", None) is None
-
     def spend(self) -> None:
         """A learning pass has taken the graph: what is kept is the numbers alone."""
         if self._kept is not None:
@@ -82,18 +83,21 @@ class FirstPrediction:
             self._module, self._kept, self._mistaken = module, None, True
 
     @contextmanager
-    def reused(self, *, graph: bool = False, computed: Callable[[], None] | None = None) -> Iterator[None]:
+    def reused(
+        self, random: RandomState, *, graph: bool = False, computed: Callable[[], None] | None = None
+    ) -> Iterator[None]:
         """Inside, a call whose output is known returns it, and leaves the generators where they would be.
 
         Args:
+            random: of these generators.
             graph: return it with its graph.
             computed: called when the module has run for the first time; until then its weights may require grad.
         """
         module = self._module
-        if module is None or not self._replaceable():
+        if module is None or not _replaceable(module):
             yield
             return
-        compute, own = module.forward, module.__dict__.get("forward")
+        compute = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             first, self._ran = not self._ran, True  # a shared module runs again in the pass, on states
@@ -108,21 +112,65 @@ class FirstPrediction:
                     computed()
                 if _repeats(args, kwargs, output, learns=computed is not None and not self._recomputes):
                     kept = output if _alone(output) else _detached(output)
-                    self._kept = kept, RandomState((p.device for p in self._model.parameters()), self._numpy)
+                    self._kept = kept, random.now()
                     self._versions = self._written()
                 return output
-            output, random = self._kept
-            random.restore()
+            output, behind = self._kept
+            behind.restore()
             return output if graph else _detached(output)
 
-        module.forward = forward  # type: ignore[method-assign]
-        try:
+        with replaced(module, forward):
             yield
-        finally:
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own  # type: ignore[method-assign]
+
+
+@contextmanager
+def unreached_left_out(nodes: Sequence[Node], relaxation: Relaxation, random: RandomState) -> Iterator[None]:
+    """Inside, in relaxing sweeps a module whose node still rests returns its state, and leaves the generators `random`
+    where they would be."""
+    with ExitStack() as inside:
+        for node in nodes:
+            if _replaceable(node.module):
+                inside.enter_context(replaced(node.module, _once_reached(node, relaxation, random)))
+        yield
+
+
+def _once_reached(node: Node, relaxation: Relaxation, random: RandomState) -> Callable[..., Any]:
+    compute = node.module.forward
+    found: list[tuple[Any, RandomState]] = []  # at rest: what came out, without memory, and the generators behind it
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if relaxation.at_rest:
+            output = compute(*args, **kwargs)
+            if _repeats(args, kwargs, output, learns=True) and _alone(output):
+                found[:] = [(_each(lambda part: part.new_empty(()), output), random.now())]
+            return output
+        site = relaxation.resting(node) if found and relaxation.mode == RELAX else None
+        if site is None:
+            return compute(*args, **kwargs)
+        form, behind = found[0]
+        behind.restore()
+        return _each(lambda part: site.leaf.detach().to(part.dtype), form)
+
+    return forward
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a module's forward is another one."""
+    own = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own  # type: ignore[method-assign]
+
+
+def _replaceable(module: nn.Module) -> bool:
+    """What is compiled with its hooks is not to be replaced."""
+    return getattr(module, "_compiled_call_impl", None) is None
 
 
 def _checkpointed() -> bool:
@@ -153,6 +201,11 @@ def _alone(output: Any) -> bool:
 
 
 def _detached(output: Any) -> Any:
+    return _each(Tensor.detach, output)
+
+
+def _each(change: Callable[[Tensor], Tensor], output: Any) -> Any:
+    """An output with another tensor in place of each."""
     if isinstance(output, Tensor):
-        return output.detach()
-    return tuple(None if part is None else part.detach() for part in output)
+        return change(output)
+    return tuple(None if part is None else change(part) for part in output)

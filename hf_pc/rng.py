@@ -30,10 +30,15 @@ class RandomState:
     """
 
     def __init__(self, devices: Iterable[torch.device], numpy: bool) -> None:
+        self._devices = set(devices)
         self._python = random.getstate()
         self._numpy = np.random.get_state() if numpy else None
         self._cpu = torch.get_rng_state()
-        self._cuda = {d: torch.cuda.get_rng_state(d) for d in set(devices) if d.type == "cuda"}
+        self._cuda = {d: torch.cuda.get_rng_state(d) for d in self._devices if d.type == "cuda"}
+
+    def now(self) -> RandomState:
+        """A copy of the same generators' present state."""
+        return RandomState(self._devices, self._numpy is not None)
 
     def restore(self) -> None:
         random.setstate(self._python)

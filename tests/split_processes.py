@@ -174,6 +174,16 @@ def masks(folder: Path) -> None:
     same_everywhere({"what comes next": float(torch.rand(()))})
 
 
+def wavefront(folder: Path) -> None:
+    """No block runs in a relaxing sweep before the signal has come to it, on whichever process it is."""
+    split = SplitPCModel(make("gpt2").double(), PCConfig(**{**STATE, "sweeps": 6}))
+    calls: dict[int, int] = {}
+    for index, block in zip(split.stage.own, split.stage.blocks, strict=True):
+        block.mlp.register_forward_hook(lambda *given, _i=index: calls.update({_i: calls.get(_i, 0) + 1}))
+    split.accumulate_grad(**batch())
+    assert calls == {index: [2, 5, 6][index] for index in split.stage.own}
+
+
 def saving(folder: Path) -> None:
     """What is saved is the whole model, for plain transformers, PEFT, and any number of processes."""
     config = PCConfig(**STATE)
@@ -293,7 +303,9 @@ def death(folder: Path) -> None:
     (folder / "survived").touch()
 
 
-SCENARIOS = {f.__name__: f for f in (rules, all_architectures, middle, dropout, masks, saving, refusals, death)}
+SCENARIOS = {
+    f.__name__: f for f in (rules, all_architectures, middle, dropout, masks, wavefront, saving, refusals, death)
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import architectures
 import pytest
 import torch
 from test_invariants import batch, gradients, make, worst
@@ -14,7 +15,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_pc import PCConfig, PCModel
 from hf_pc.diagnostics import largest_curvature
+from hf_pc.relaxation import Relaxation
 from hf_pc.reuse import FirstPrediction
+from hf_pc.rng import RandomState
 
 
 def mixtral(layers: int = 2) -> Any:
@@ -105,6 +108,51 @@ def test_the_first_block_runs_once(setting: dict[str, Any], times: int) -> None:
     assert "forward" not in vars(model.transformer.h[0])
 
 
+BY_NODE: list[dict[str, Any]] = [
+    {}, {"step_size": 0.3}, {"solver": "lagrangian"}, {"step_size": 0.01, "state_optimizer": "Adam"},
+    {"nodes": "sublayer"}, {"nodes": "linear"}, {"attention_energy": "categorical"}, {"energy": "laplace"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*MODELS, "t5"])
+@pytest.mark.parametrize("setting", BY_NODE, ids=str)
+def test_what_no_signal_has_reached_need_not_run(
+    name: str, setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, solvers that move states find the same bits as where every module runs in every sweep."""
+    found = []
+    for always in (False, True):
+        if always:
+            monkeypatch.setattr(Relaxation, "rests", lambda self, site: False)
+        model, inputs = architectures.build(name) if name == "t5" else (MODELS[name](), batch())
+        pc = PCModel(model.train(), PCConfig(**{"solver": "state", "sweeps": 6, "relative_std": 0.5, **setting}))
+        out = pc.accumulate_grad(**inputs)
+        found.append(gradients(model) | {"energy": out.sequence_free_energy, "after": torch.rand(3)})
+        assert out.residual > 0.01
+        assert all("forward" not in vars(module) for module in model.modules())
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("solver", ["state", "lagrangian"])
+def test_blocks_run_from_the_sweep_that_the_signal_comes_in(solver: str, checkpointing: bool) -> None:
+    """Of three blocks, in six sweeps: all at rest and to learn; the top one in the four between, the next in three.
+    The first is kept, but with activation checkpointing, whose inputs require a gradient: in two."""
+    model = make("gpt2").train()
+    calls = [0, 0, 0]
+
+    def count(block: int) -> None:
+        calls[block] += 1
+
+    for index, block in enumerate(model.transformer.h):
+        block.mlp.register_forward_hook(lambda *given, _i=index: count(_i))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    PCModel(model, PCConfig(solver=solver, sweeps=6, relative_std=0.5)).accumulate_grad(**batch())
+    assert calls == [4 if checkpointing else 2, 5, 6]
+
+
 def test_a_graph_is_kept_to_learn_from_alone() -> None:
     """The first block has one where weights learn; to relax, or to probe the curvature, it has none."""
     model = make("gpt2")
@@ -132,7 +180,7 @@ def test_a_module_that_may_write_to_its_arguments_runs_every_time() -> None:
     for given, calls in (({}, 1), ({"cache": {}}, 3)):
         module = Writes()
         first = FirstPrediction(module, module)
-        with first.reused():
+        with first.reused(RandomState([], numpy=False)):
             for _ in range(3):
                 first.begin_pass()
                 module(torch.ones(1), **given)

@@ -31,7 +31,8 @@ def launch(processes: int, scenarios: str, folder: Path) -> subprocess.Completed
 
 
 @pytest.mark.parametrize(
-    ("processes", "scenarios"), [(2, "rules,dropout,masks,saving,refusals"), (2, "all_architectures"), (3, "middle")]
+    ("processes", "scenarios"),
+    [(2, "rules,dropout,masks,wavefront,saving,refusals"), (2, "all_architectures"), (3, "middle")],
 )
 def test_several_processes(processes: int, scenarios: str, tmp_path: Path) -> None:
     """What each scenario of split_processes.py states holds on every process."""
@@ -102,11 +103,12 @@ def test_a_wrong_split_is_refused(split: list[int]) -> None:
 
 
 def test_cost_of_a_step() -> None:
-    """One process pays for every block in every pass; R equal ones for all in the first pass and their share after."""
+    """One process pays for every block that a signal has come to; R equal ones for all in the first pass, and for the
+    slowest share after."""
     costs = Costs([1.0] * 4 + [0.5], [2.0] * 4 + [1.0], [3.0] * 4 + [1.5])
-    assert step_seconds(costs, [4], 10) == 4.5 + 8 * 9 + 13.5
-    assert step_seconds(costs, [2, 2], 10) == 4.5 + 8 * 5 + 7.5
-    assert step_seconds(costs, [1, 1, 1, 1], 10, cores=2) == 4.5 + 8 * 4.5 + 6.75
+    assert step_seconds(costs, [4], 10) == 4.5 + (3 + 5 + 7 + 5 * 9) + 13.5
+    assert step_seconds(costs, [2, 2], 10) == 4.5 + (3 + 5 + 6 * 5) + 7.5
+    assert step_seconds(costs, [1, 1, 1, 1], 10, cores=2) == 4.5 + (3 + 3 + 3.5 + 5 * 4.5) + 6.75
     with pytest.raises(ValueError, match="do not add up to the 4 blocks"):
         step_seconds(costs, [2, 1], 10)
     with pytest.raises(ValueError, match="sweeps=1 is not allowed"):

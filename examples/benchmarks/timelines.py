@@ -13,7 +13,7 @@ from hf_pc.distributed.cost import Costs, Event, gpipe
 
 def costs_of(events: Sequence[Event], args: argparse.Namespace, seconds: float) -> Costs:
     """Each block's seconds in the three kinds of pass, from one process's step; what was noted for no block, such as
-    moving states, is spread over all of them evenly."""
+    moving states, is spread over all of them evenly. A relaxing sweep counts once a signal has come to the block."""
     layers, sweeps = args.layers, args.sweeps
     calls: list[list[float]] = [[] for _ in range(layers + 1)]
     for what, begin, end in events:
@@ -22,7 +22,8 @@ def costs_of(events: Sequence[Event], args: argparse.Namespace, seconds: float) 
             calls[int(block[1]) if block else layers].append(end - begin)
     noted = sum(sum(found) for found in calls)
     rest = max(0.0, seconds - noted) / (sweeps * (layers + 1))
-    relax = [statistics.median(found[1:-1] or found[-1:]) + rest for found in calls]
+    reached = [found[max(1, layers - block) : -1] for block, found in enumerate(calls)]
+    relax = [statistics.median(own or found[-1:]) + rest for own, found in zip(reached, calls, strict=True)]
     return Costs([found[0] + rest for found in calls], relax, [found[-1] + rest for found in calls])
 
 

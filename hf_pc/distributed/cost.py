@@ -1,14 +1,16 @@
 """What a step of a split model costs on R processes: a model to predict with, and GPipe's schedule beside it.
 
 A step of T sweeps is one feedforward pass, which goes through the processes in turn, T - 2 relaxing sweeps and one
-that learns, in which all of them work at once and the slowest sets the time:
+that learns, in which all of them work at once and the slowest sets the time. A signal comes down one block a sweep,
+and blocks that none has reached are left out: of L blocks, what comes after the last counting as one more, of the last
+process, sweep t runs those from L + 2 - t on.
 
-    t(R) = sum_l f_l + (T - 2) max_r sum_(l in r) b_l + max_r sum_(l in r) w_l
+    t(R) = sum_l f_l + sum_(t = 2 .. T - 1) max_r sum_(l in r, l > L + 1 - t) b_l + max_r sum_(l in r) w_l
 
 with f, b and w the seconds of a block's forward pass, relaxing sweep (forwards, and backwards to its input) and
-learning sweep (backwards to its weights too); what comes after the last block counts as one more, of the last
-process. Messages pass while blocks compute and are left out, which holds while a process has three blocks or more.
-A signal travels one node a sweep, so that T is to be larger than the number of blocks.
+learning sweep (backwards to its weights too). Messages pass while blocks compute and are left out, which holds while a
+process has three blocks or more. T is to be larger than the number of blocks; a split gains most where it is several
+times that, as states at rest need, since the processes below are idle while the signal is above them.
 """
 
 from __future__ import annotations
@@ -50,7 +52,12 @@ def step_seconds(costs: Costs, counts: Sequence[int], sweeps: int, cores: int | 
         crowded = sum(shares) / cores if cores else 0.0
         return max(*shares, crowded) if len(shares) > 1 else shares[0]
 
-    return sum(costs.forward) + (sweeps - 2) * together(costs.relax) + together(costs.learn)
+    blocks = len(costs.relax) - 1
+    relaxing = [
+        together([seconds if block > blocks - sweep else 0.0 for block, seconds in enumerate(costs.relax)])
+        for sweep in range(2, sweeps)
+    ]
+    return sum(costs.forward) + sum(relaxing) + together(costs.learn)
 
 
 def gpipe(costs: Costs, counts: Sequence[int], micro_batches: int) -> list[list[Event]]:

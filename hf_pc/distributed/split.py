@@ -43,7 +43,7 @@ from hf_pc.processes import at_once, by_all, process_count, same_everywhere
 from hf_pc.processes import gathered as every_process
 from hf_pc.report import RelaxationOutput
 from hf_pc.reuse import FirstPrediction
-from hf_pc.rng import own_stream
+from hf_pc.rng import RandomState, own_stream
 from hf_pc.solvers import SOLVERS
 from hf_pc.solvers.state import StateSolver
 
@@ -129,7 +129,7 @@ class SplitPCModel(PCModel):
         if self.config.dropout == "off":
             self.model.eval()
         if at_rest:
-            self.stage.forget_random()
+            self.stage.begin_step(self._random)
         batch = copied(batch)
         if at_rest or (self.stage.first and self.relaxation.mode == LEARN):
             with by_all(self.neighbours.device) if at_rest else nullcontext():  # the first alone looks up inputs
@@ -152,7 +152,9 @@ class SplitPCModel(PCModel):
         energy = self.relaxation.note_output(energy)
         if not self.stage.last:
             slope = torch.zeros_like(top.leaf) if above is None else above.wait()  # at rest no signal comes yet
-            energy = (top.leaf * slope).flatten(1).sum(1)
+            comes = self.relaxation.sweeps > sum(self.split[self.neighbours.index + 1 :])
+            if comes or self.relaxation.mode == LEARN:
+                energy = (top.leaf * slope).flatten(1).sum(1)
         return outputs, energy
 
     def _first_pass(self) -> None:
@@ -252,7 +254,7 @@ class SplitPCModel(PCModel):
                 if not self.stage.first:
                     received = self.neighbours.receive(self.neighbours.index - 1, wide(state)).wait()
                     state = received.to(state.dtype)
-                self.stage.forget_random()
+                self.stage.begin_step(RandomState((p.device for p in self.parameters()), self._numpy))
                 for position in range(len(self.stage.blocks)):
                     state = self.stage.call(position, state)
                 if not self.stage.last:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map
 
 from hf_pc.distributed.chain import BEFORE, Call, Chain, hidden_of, with_hidden
 from hf_pc.distributed.neighbours import Timeline
-from hf_pc.rng import RandomState, draws_from_numpy
+from hf_pc.reuse import replaced
+from hf_pc.rng import RandomState
 
 
 class Stage:
@@ -56,9 +57,8 @@ class Stage:
         self.aliases = {name: own for name, own in self.aliases.items() if name != own}
         self.names = [name for name in kept if name not in self.aliases]
         self._arguments: list[Call] = []
-        self._random: list[RandomState] = []
-        self._devices: set[torch.device] = set()
-        self._numpy = draws_from_numpy(model)
+        self._random: RandomState
+        self._drawn: list[RandomState] = []  # what each block found in its first call of the step
         self._skeletons: dict[str, nn.Module] = {}
         self._give_up()
 
@@ -88,24 +88,14 @@ class Stage:
     @contextmanager
     def _standing_in(self, block: Callable[[int, Any, Any], Any]) -> Iterator[None]:
         """Inside, the model's forward calls `block(i, args, kwargs)` for its blocks and makes up what is not here."""
-        modules: list[tuple[nn.Module, Any]] = []
-
-        def put(module: nn.Module, forward: Callable[..., Any]) -> None:
-            modules.append((module, module.__dict__.get("forward")))
-            module.forward = forward  # type: ignore[method-assign]
-
-        try:
+        with ExitStack() as inside:
             for index, module in enumerate(self.chain.blocks.values()):
-                put(module, lambda *args, _i=index, **kwargs: block(_i, args, kwargs))
+                stand_in = lambda *args, _i=index, **kwargs: block(_i, args, kwargs)  # noqa: E731
+                inside.enter_context(replaced(module, stand_in))
             for name, skeleton in self._skeletons.items():
-                put(self.chain.entrances[name], lambda *args, _s=skeleton, **kwargs: _made_up(_s, args, kwargs))
+                stand_in = lambda *args, _s=skeleton, **kwargs: _made_up(_s, args, kwargs)  # noqa: E731
+                inside.enter_context(replaced(self.chain.entrances[name], stand_in))
             yield
-        finally:
-            for module, own in modules:
-                if own is None:
-                    del module.forward
-                else:
-                    module.forward = own  # type: ignore[method-assign]
 
     def _passed_on(self, index: int, state: Tensor) -> Any:
         extras = self.chain.extras[index]
@@ -134,17 +124,16 @@ class Stage:
                 return entered
         raise RuntimeError("the last block of this process did not run")
 
-    def forget_random(self) -> None:
-        """Begin a step: dropout masks are drawn anew, those of each block in its first call."""
-        self._random = []
-        self._devices = {p.device for p in self.model.parameters()}
+    def begin_step(self, random: RandomState) -> None:
+        """Dropout masks are drawn anew from these generators, those of each block in its first call."""
+        self._random, self._drawn = random, []
 
     def _replay(self, position: int) -> None:
         """Whatever ran since, what runs at this position draws what it drew in its first call of the step."""
-        if position == len(self._random):
-            self._random.append(RandomState(self._devices, self._numpy))
+        if position == len(self._drawn):
+            self._drawn.append(self._random.now())
         else:
-            self._random[position].restore()
+            self._drawn[position].restore()
 
     def call(self, position: int, state: Tensor) -> Any:
         """Run the block at this position here on a state; its hook does the rest. Every call sees the same dropout."""

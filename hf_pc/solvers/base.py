@@ -35,6 +35,8 @@ class Solver(ABC):
     stores_errors = False
     #: whether one `backward()` is all that goes through a learning pass's graph
     one_backward = False
+    #: whether a signal comes down one node a sweep; `Site.reached` says which it has come to
+    by_node = False
 
     def __init__(self, config: PCConfig) -> None:
         assert config.step_size is not None

@@ -2,7 +2,8 @@
 
 Pinchetti et al., arXiv 2211.03481; Whittington and Bogacz 2017. A pass computes every prediction mu_l from the states
 below it; the gradient of a state has its own node's energy and those of the nodes that it predicts, nothing else.
-So a signal travels one node a sweep, and a network of L nodes needs L + 1 sweeps before its first weights learn.
+So a signal travels one node a sweep, and a network of L nodes needs L + 1 sweeps before its first weights learn. What
+it has not reached yet is not computed (`hf_pc.reuse`).
 
 Because a state stops the gradient, what lies between two nodes can be differentiated as soon as it has run, and
 its graph is freed: activations of one block at a time. That holds where nodes cut the graph into separate pieces and
@@ -45,11 +46,13 @@ class StateFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:  # type: ignore[override]
         site, relaxation = ctx.site, ctx.relaxation
+        if not (ctx.needs_input_grad[0] and ctx.solver.sends(relaxation, site)):
+            return None, wide(g), None, None, None
         down = ctx.solver.signal(site)
         scale = relaxation.scale_of(site)
         if isinstance(scale, Tensor):
             down = down * scale
-        return down.to(ctx.dtype) if ctx.needs_input_grad[0] else None, wide(g), None, None, None
+        return down.to(ctx.dtype), wide(g), None, None, None
 
 
 @register_solver("state")
@@ -60,13 +63,17 @@ class StateSolver(Solver):
     of 1/precision (SGD), or of the standard deviation 1/sqrt(precision) (Adam and others that normalise).
     """
 
-    takes_optimizer = moves_weights = True
+    takes_optimizer = moves_weights = by_node = True
 
     def __init__(self, config: PCConfig) -> None:
         super().__init__(config)
         #: differentiate each piece as soon as it has run: blocks cut the graph, parts of a block do not; unlearned
         #: where blocks turn out to share a part of it
         self.piecewise = config.nodes == "block" and config.attention_energy is None
+
+    def sends(self, relaxation: Relaxation, site: Site) -> bool:
+        """Whether a node sends a signal down: not while it rests, but that weights learn zeros from it."""
+        return relaxation.mode == LEARN or not relaxation.rests(site)
 
     # what a node's energy says; PC-ALM adds its multipliers here
 
@@ -89,7 +96,7 @@ class StateSolver(Solver):
         if not (self.piecewise and relaxation.pieces):
             state: Tensor = StateFunction.apply(mu, site.leaf, site, relaxation, self)  # type: ignore[no-untyped-call]
             return state
-        if mu.requires_grad and not relaxation.at_rest:
+        if mu.requires_grad and not relaxation.at_rest and self.sends(relaxation, site):
             self._differentiate(relaxation, site, mu)
         return site.leaf.to(mu.dtype, copy=True)
 
@@ -132,6 +139,7 @@ class StateSolver(Solver):
         gradients = []
         for site, g in zip(relaxation.sites, found, strict=True):
             signals = [signal for signal in (g, site.signal) if signal is not None]
+            site.reached = site.reached or bool(signals)
             site.signal = None
             signal = sum(signals[1:], signals[0]) if signals else torch.zeros_like(site.error)
             signal = relaxation.without_padding(site, signal)
