@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_pc.relaxation import regime
+from hf_pc.measurements import regime
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_pc import PCConfig, PCModel
+from hf_pc.measurements import regime
 from hf_pc.output import Output
-from hf_pc.relaxation import regime
 
 Batch = dict[str, Tensor]
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from hf_pc.architecture import base_model
 from hf_pc.energies import ENERGIES, LogitEnergy, wide
 from hf_pc.node import Node
-from hf_pc.output import base_model
 
 #: what attached models have as `_attn_implementation`
 IMPLEMENTATION = "hf_pc_attention"

@@ -26,6 +26,14 @@ class RunningStatistics:
             norm.track_running_stats = not held
 
 
+def drop_nothing(model: nn.Module) -> None:
+    """Put a model into evaluation mode, but for BatchNorms that train."""
+    training = [module for module in model.modules() if module.training and isinstance(module, _BatchNorm)]
+    model.eval()
+    for module in training:
+        module.train()
+
+
 def copied(batch: Mapping[str, Any]) -> dict[str, Any]:
     """A model's inputs, with a copy of every floating-point tensor among them; no model writes to indices."""
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class NonFiniteGuard(TrainerCallback):
         node = self._node or self.trainer.nonfinite_node
         self._node = None
         if node is None and not args.fp16:  # there the gradient scaler takes care of overflows
-            node = GRADIENT if any(_overflows(p.grad) for p in model.parameters()) else None
+            node = GRADIENT if _overflow(p.grad for p in model.parameters()) else None
         anywhere = self.trainer.reduce_sums(torch.tensor([float(node is not None)], dtype=torch.float64))
         if not anywhere.item():
             self.in_a_row = 0
@@ -72,9 +73,14 @@ class NonFiniteGuard(TrainerCallback):
         return control
 
 
-def _overflows(gradient: torch.Tensor | None) -> bool:
-    own = getattr(gradient, "to_local", lambda: gradient)()  # a shard is asked alone: others may not be asking
-    return own is not None and not bool(own.isfinite().all())
+def _overflow(gradients: Iterable[torch.Tensor | None]) -> bool:
+    """Whether any is not finite; every device is waited for once."""
+    finite: dict[torch.device, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        own = getattr(gradient, "to_local", lambda gradient=gradient: gradient)()  # a shard is asked alone
+        if own is not None:
+            finite.setdefault(own.device, []).append(own.isfinite().all())
+    return not all(bool(torch.stack(flags).all()) for flags in finite.values())
 
 
 def _where(node: str | None) -> str:

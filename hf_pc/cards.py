@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 
 from hf_pc.config import PCConfig
 from hf_pc.markup import escape, fenced, one_line
+from hf_pc.measurements import AT_EQUILIBRIUM
 
 TAGS = ["predictive-coding", "hf-pc"]
 #: of each auto class, the task that the Hub knows it by
@@ -37,7 +38,7 @@ ROWS = (
 )
 REGIMES = {
     "backprop-like": "Its regime is backprop-like: relaxation changed little, and learning was close to backprop's.",
-    "relaxing": "The states had not come to rest when weights learned (residual over 0.05).",
+    "relaxing": f"The states had not come to rest when weights learned (residual over {AT_EQUILIBRIUM}).",
 }
 UNTESTED = "Nothing was done about errors and biases in the data: test it before you use it for anything."
 #: what transformers writes of a model and of data that have no name, and what that means

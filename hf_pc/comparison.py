@@ -19,8 +19,8 @@ from transformers import ProgressCallback, TrainerCallback
 from hf_pc.cards import ROWS, write_card
 from hf_pc.diagnostics.plots import plot_run
 from hf_pc.hub import push_run
+from hf_pc.measurements import regime
 from hf_pc.provenance import command
-from hf_pc.relaxation import regime
 from hf_pc.trainer import BackpropTrainer, PCTrainer
 
 History = list[dict[str, Any]]

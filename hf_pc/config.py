@@ -101,7 +101,7 @@ class PCConfig:
         solver: the name of a registered solver.
         sweeps: passes over the network per relaxation, T >= 1, the learning pass included; a rule of `learning` with
             several phases relaxes several times. T = 1 is backprop for Gaussian nodes of the `error` solver at step 1
-            or "auto".
+            or "auto" (with a Gaussian output, of half the squared error).
         step_size: "auto" (each sequence's free energy never rises; 0.4 of `lagrangian`, 0.5 of `langevin`) or a number
             in units of 1/precision.
         anderson_depth: moves that the acceleration of step "auto" remembers, 0 (none) to 10. With five
@@ -113,7 +113,8 @@ class PCConfig:
             2212.00720: weights move with the states, by the Trainer's optimizer; solvers "state" and "lagrangian").
         tolerance: residual under which a sequence is at rest and moves no more (with step "auto"); the relaxation
             ends once all are. 0 never stops early.
-        dropout: "replay" (each sweep of a step sees the same mask) or "off" (no dropout while training by PC).
+        dropout: "replay" (each sweep of a step sees the same mask) or "off" (no dropout while training by PC: all but
+            BatchNorm is in evaluation mode, in which transformers checkpoints no activations).
         relaxation_dtype: "bfloat16" or "float16": sweeps between the first and the last run under `torch.autocast` in
             it (solvers "error" and "langevin", weights in float32; errors stay in float32). None relaxes as it learns.
         compile: `torch.compile` the forward of each node's module; not with attention logits or nodes inside nodes.

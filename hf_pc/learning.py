@@ -26,7 +26,7 @@ sweeps. So in units of a backprop step "centred" costs (4T - 2) / 3 from T = 3, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 
@@ -41,6 +41,9 @@ class Phase:
         own_labels: the labels are drawn from the model's output.
         at_rest: no relaxation: the phase learns backprop's gradient.
         mirrored: every other sequence takes strength and weight with the opposite sign.
+        first: a step begins with this phase, which is the one that is reported.
+        last: a step ends with it.
+        followed: a warm phase comes after this one, the first, whose errors tell it where to begin.
     """
 
     strength: float = 1.0
@@ -49,6 +52,9 @@ class Phase:
     own_labels: bool = False
     at_rest: bool = False
     mirrored: bool = False
+    first: bool = True
+    last: bool = True
+    followed: bool = False
 
     @property
     def share(self) -> float:
@@ -56,28 +62,35 @@ class Phase:
         return self.strength * self.weight
 
 
+def _step(*phases: Phase) -> tuple[Phase, ...]:
+    """Phases that are gone through in this order, each told its place."""
+    ends = len(phases) - 1
+    warm = any(phase.warm for phase in phases)
+    return tuple(replace(p, first=i == 0, last=i == ends, followed=i == 0 and warm) for i, p in enumerate(phases))
+
+
 def taken_to_zero(*strengths: float) -> tuple[Phase, ...]:
     """Phases at these b whose sum is G(b) / b at b = 0, as the polynomial through them has it (Lagrange)."""
-    return tuple(
+    return _step(*(
         Phase(b, prod(c / (c - b) for c in strengths if c != b) / b, warm=b != strengths[0]) for b in strengths
-    )
+    ))  # fmt: skip
 
 
 PLAIN = Phase()
-#: the phases of each rule; the first is the one that is reported
+#: the phases of each rule
 RULES: dict[str, tuple[Phase, ...]] = {
     "plain": (PLAIN,),
-    "centred": (Phase(1.0, 0.5), Phase(-1.0, -0.5, warm=True)),
-    "extrapolated": (
+    "centred": _step(Phase(1.0, 0.5), Phase(-1.0, -0.5, warm=True)),
+    "extrapolated": _step(
         Phase(1.0, -1 / 6),
         Phase(-1.0, 1 / 6, warm=True),
         Phase(-0.5, -4 / 3, warm=True),
         Phase(0.5, 4 / 3, warm=True),
     ),
     "mirrored": (Phase(mirrored=True),),
-    "balanced": (Phase(1.0, -1 / 3, mirrored=True), Phase(0.5, 8 / 3, warm=True, mirrored=True)),
+    "balanced": _step(Phase(1.0, -1 / 3, mirrored=True), Phase(0.5, 8 / 3, warm=True, mirrored=True)),
     "one_sided": taken_to_zero(1.0, 0.5, 0.25, 0.125),
-    "wake_sleep": (Phase(), Phase(1.0, -1.0, own_labels=True), Phase(1.0, 1.0, own_labels=True, at_rest=True)),
+    "wake_sleep": _step(Phase(), Phase(1.0, -1.0, own_labels=True), Phase(1.0, 1.0, own_labels=True, at_rest=True)),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from hf_pc.relaxation import regime
+from hf_pc.measurements import regime
 
 
 class _Local(evaluate.Metric):

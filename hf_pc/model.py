@@ -17,19 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_pc.architecture import auxiliary_loss, evaluating, is_checkpointing, layer_drop, routes
 from hf_pc.attention import AttentionNodes
-from hf_pc.batch_state import RunningStatistics, copied
+from hf_pc.batch_state import RunningStatistics, copied, drop_nothing
 from hf_pc.compilation import compile_forwards
 from hf_pc.config import PCConfig
 from hf_pc.learning import PLAIN, Phase, phases_of
+from hf_pc.measurements import EVERY_PHASE, add_sums, summary
 from hf_pc.node import LEARN, RELAX, Node, Strength
-from hf_pc.output import Output, auxiliary_loss, evaluating, routes
-from hf_pc.placement import layer_drop, resolve
+from hf_pc.output import IGNORED, Output
+from hf_pc.placement import innermost, resolve
 from hf_pc.processes import everywhere, is_sharded, process_count, process_index
-from hf_pc.relaxation import EVERY_PHASE, Relaxation, Share, add_sums, summary
+from hf_pc.relaxation import Relaxation, Share
 from hf_pc.report import RelaxationOutput
-from hf_pc.reuse import FirstPrediction, unreached_left_out
-from hf_pc.rng import RandomState, draws_from_numpy
+from hf_pc.reuse import FirstPrediction, RunsAgain, unreached_left_out
+from hf_pc.rng import RandomState, draws_from_numpy, undrawn
 from hf_pc.saving import SavingMixin
 from hf_pc.solvers import SOLVERS
 from hf_pc.steering import Steering
@@ -67,7 +69,7 @@ class PCModel(SavingMixin):
         self.share = Share()
         self.relaxation: Relaxation | None = None
         self._before: Relaxation | None = None
-        self._first_prediction = FirstPrediction(model, self._module_nodes[0].module)
+        self._first_prediction = FirstPrediction(model, None if self._attention else innermost(self._module_nodes))
         self._statistics = RunningStatistics(model)
         self._numpy = draws_from_numpy(model)
         self._own_labels: Tensor | None = None
@@ -75,7 +77,6 @@ class PCModel(SavingMixin):
         self._confirm: Callable[[], bool] | None = None
         self._defers = self._sharded = self._counts = False
         self._keep_states = False
-        self._states: dict[str, Tensor] = {}
         self.attach()
 
     @property
@@ -112,29 +113,29 @@ class PCModel(SavingMixin):
     def _visit(self, node: Node, mu: Tensor) -> Tensor | None:
         if self.relaxation is None:
             return None
-        state = self.relaxation.visit(node, mu)
-        if self._keep_states:
-            self._states[node.name] = state.detach()
-        return state
+        return self.relaxation.visit(node, mu)
 
-    def _pass(self, forward: Callable[..., Any], batch: Mapping[str, Any], labels: Tensor) -> tuple[Any, Tensor]:
-        """One forward pass at the current errors: the model's output and the output energy, nats, [batch]."""
+    def _begin_pass(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What every pass of a step begins with; returns the inputs for it to take."""
         assert self._random is not None
         assert self.relaxation is not None
         self._random.restore()
         self._first_prediction.begin_pass()
         self._statistics.hold(not (self._counts and self.relaxation.at_rest))
         if self.config.dropout == "off":  # again in every pass: a Trainer calls train() in between
-            self.model.eval()
+            drop_nothing(self.model)
+        return copied(batch)
+
+    def _pass(self, forward: Callable[..., Any], batch: Mapping[str, Any], labels: Tensor) -> tuple[Any, Tensor]:
+        """One forward pass at the current errors: the model's output and the output energy, nats, [batch]."""
+        assert self.relaxation is not None
         try:
-            outputs = forward(**copied(batch))
+            outputs = forward(**self._begin_pass(batch))
         except RuntimeError as error:
             if not self.solver.recover(self.relaxation, error):
                 raise
             self.relaxation.again()
-            self._random.restore()
-            self._first_prediction.begin_pass()
-            outputs = forward(**copied(batch))
+            outputs = forward(**self._begin_pass(batch))
         if self._attention:
             self._attention.check()
         if self.relaxation.sites:
@@ -145,7 +146,7 @@ class PCModel(SavingMixin):
             raise ValueError(f"none of the nodes ran in a pass over {type(self.model).__name__}: {names}")
         draws = any(phase.own_labels for phase in self.phases) and not self.relaxation.phase.own_labels
         if draws and self.relaxation.at_rest:
-            with torch.random.fork_rng():
+            with undrawn(p.device for p in self.model.parameters()):
                 assert self.relaxation.seed is not None
                 torch.manual_seed(self.relaxation.seed)
                 self._own_labels = self.output.draw(outputs["logits"].detach(), labels)
@@ -190,14 +191,13 @@ class PCModel(SavingMixin):
                 f"relaxation_dtype={self.config.relaxation_dtype!r} is not allowed under autocast, where the learning "
                 "pass has no more precision than the sweeps"
             )
-        first = self._begins_with(phase)
-        if first:
+        if phase.first:
             self._before = None
             self._first_prediction.forget()
         batch, labels = self._split(inputs, phase)
         routed = routes(self.model, batch)  # a router's losses are gathered inside the blocks
         forward = self.model if weight_step is None or forward is None else forward
-        self._counts = learns and first
+        self._counts = learns and phase.first
         over = True  # also where an exception ends the step
         try:
             self._sharded = is_sharded(self.model)
@@ -206,9 +206,9 @@ class PCModel(SavingMixin):
             # a sharded model gathers a block for one backward pass through it, which pieces would not be
             self.relaxation.pieces = not self._sharded and forward is self.model
             # what waits at a site is taken up by the last phase, if that has the same sites
-            later = not self._ends_with(phase) and all(other.warm for other in self.phases[1:])
+            later = not phase.last and all(other.warm for other in self.phases[1:])
             self._defers = later and not routed
-            if first:  # the phases of a step see the same dropout masks
+            if phase.first:  # the phases of a step see the same dropout masks
                 self._dropout_state = RandomState((p.device for p in self.model.parameters()), self._numpy)
             self._random = self._dropout_state
             with self._dropout():
@@ -216,7 +216,7 @@ class PCModel(SavingMixin):
                     freezing = self._frozen() if weight_step is None else nullcontext()
                     freeze = cache(lambda: relaxing.enter_context(freezing))  # once, however often it is called
                     # whether the module of the first node learns through what the first pass has of it
-                    keeps = learns and first and not together and not routed and self.solver.one_backward
+                    keeps = learns and phase.first and not together and not routed and self.solver.one_backward
                     keeps = keeps and self._first_prediction.may_learn()
                     if not keeps:
                         freeze()
@@ -228,12 +228,11 @@ class PCModel(SavingMixin):
                             relaxing.enter_context(left_out)
                     self._confirm = self._relax(batch, labels, weight_step, forward, freeze)
                 yield self.relaxation
-            over = self._ends_with(phase)
+            over = phase.last
         finally:
             self._statistics.hold(False)
             self._before = None if over else self.relaxation
             self.relaxation = self._random = self._confirm = None
-            self._states = {}
             if over:
                 self._first_prediction.forget()
 
@@ -241,30 +240,19 @@ class PCModel(SavingMixin):
         """The relaxation of a phase; `together` where every pass is a meeting of all processes."""
         strength = Strength(self.config.precision, self.relative_std, self.steering.activity)
         signs = self.steering.signs(len(labels), labels.device) if phase.mirrored else None
-        count = labels.ne(-100).sum()
+        count = labels.ne(IGNORED).sum()
         relaxation = Relaxation(len(labels), count, strength, self.solver.join, phase, self._before, signs, self.share)
         if not self.output.keep_labels:  # the mask of an encoder is none of its decoder
             relaxation.note_padding(batch.get("attention_mask"))
         if together:
             device = next(self.model.parameters()).device
             relaxation.agree = lambda holds: everywhere(holds, device)
-        first = self._begins_with(phase)
         relaxation.lower = self._lower
-        relaxation.last = self._ends_with(phase)
-        relaxation.followed = first and any(other.warm for other in self.phases)
         relaxation.weights = [p for p in self.model.parameters() if p.requires_grad]
-        if first and (self.solver.draws or any(other.own_labels for other in self.phases)):
+        if phase.first and (self.solver.draws or any(other.own_labels for other in self.phases)):
             # before the generator is noted: what is restored in every pass would give every step the same draw
             relaxation.seed = int(torch.randint(2**62, ())) + process_index()
         return relaxation
-
-    def _begins_with(self, phase: Phase) -> bool:
-        """Whether a step begins with this phase."""
-        return phase is PLAIN or phase is self.phases[0]
-
-    def _ends_with(self, phase: Phase) -> bool:
-        """Whether a step is over after this phase."""
-        return phase is PLAIN or phase is self.phases[-1]
 
     def _relax(
         self,
@@ -279,7 +267,12 @@ class PCModel(SavingMixin):
 
         def sweep() -> Tensor:
             with nullcontext() if relaxation.at_rest else self._lowered():
-                energy = self._pass(forward, batch, labels)[1]
+                try:
+                    energy = self._pass(forward, batch, labels)[1]
+                except RunsAgain:
+                    freeze()
+                    relaxation.again()
+                    energy = self._pass(forward, batch, labels)[1]
             freeze()
             if not relaxation.sites:
                 raise _NothingToRelax
@@ -313,9 +306,11 @@ class PCModel(SavingMixin):
         self.relaxation.pieces = bare and not self._sharded and not routes(self.model, batch)
         first = self._first_prediction
         self.relaxation.defers = mode == LEARN and self._defers and first.serves_learning()
-        learns = mode == LEARN and self._ends_with(self.relaxation.phase) and first.learns()
+        learns = mode == LEARN and self.relaxation.phase.last and first.learns()
         assert self._random is not None
         reuses = self.relaxation.defers or learns
+        if self._keep_states and self.relaxation.phase.first:  # which is reported
+            self.relaxation.states = {}
         with first.reused(self._random, graph=learns) if reuses else nullcontext():
             self.relaxation.begin(mode)
             outputs, energy = self._pass(forward, batch, labels)
@@ -339,7 +334,7 @@ class PCModel(SavingMixin):
 
     def backprop_loss(self, inputs: Mapping[str, Any]) -> Tensor:
         """The loss of a plain forward pass, nats per label token: what backprop would descend."""
-        batch, labels = self.output.split(inputs)
+        batch, labels = self._split(inputs, PLAIN)
         outputs = self.model(**batch)
         return self.output.total(outputs, labels).sum() / self.output.count(labels) + auxiliary_loss(
             self.model, outputs
@@ -382,7 +377,12 @@ class PCModel(SavingMixin):
         if self.config.dropout == "replay":
             yield
             return
-        with evaluating(self.model):
+        if is_checkpointing(self.model):
+            raise ValueError(
+                "PCConfig.dropout='off' does without training mode, in which alone transformers checkpoints "
+                "activations: use 'replay', and set the probabilities of dropout to 0"
+            )
+        with evaluating(self.model, drop_nothing):
             yield
 
     def relax(self, **inputs: Any) -> RelaxationOutput:
@@ -457,16 +457,17 @@ class PCModel(SavingMixin):
                 if report is None:
                     report = self._report(relaxation, found)
         assert report is not None
-        facts = summary(sums) | {"sweeps": float(sums["sweeps"])}
+        facts = summary(sums) | {"sweeps": int(sums["sweeps"])}
         return replace(report, **facts)
 
     def _report(self, relaxation: Relaxation, sums: Mapping[str, Tensor]) -> RelaxationOutput:
         assert relaxation.feedforward_energy is not None
+        assert relaxation.states is not None
         return RelaxationOutput(
             **summary(sums),
             feedforward_energy=float(self.share.sum(relaxation.feedforward_energy.double().sum()))
             / float(relaxation.tokens),
-            states=self._states,
+            states=relaxation.states,
             errors={site.label: site.error.detach().contiguous() for site in relaxation.sites},
             sequence_free_energy=relaxation.free_energy(),
         )
@@ -476,9 +477,9 @@ class PCModel(SavingMixin):
         self.solver.close(relaxation)
         sums = relaxation.sums()
         phase = relaxation.phase
-        if phase.mirrored and relaxation.last:
+        if phase.mirrored and phase.last:
             self.steering.count_rows(relaxation.batch)
-        if not self._begins_with(phase):
+        if not phase.first:
             counted = EVERY_PHASE if not phase.at_rest else ("sweeps", "bias")
             sums = {name: sums[name] for name in counted if name in sums}
         self.steering.observe(sums)

@@ -155,10 +155,9 @@ class Site:
         self.last_move: Tensor | None = None
         self.waiting: Tensor | None = None  # signals to this node's module of phases that did not run it to learn
         self.rest_move: Tensor | None = None  # of a phase that begins elsewhere: where one move from rest would lead
-        # of solvers that differentiate piece by piece: g so far in this pass, whether there was one in any sweep, and
-        # a Lagrange multiplier
+        self.reached = False  # whether a signal has come here in any pass
+        # of solvers that differentiate piece by piece: g so far in this pass, and a Lagrange multiplier
         self.signal: Tensor | None = None
-        self.reached = False
         self.multiplier: Tensor
         node.energy.check(mu, node.name)
         self.precision = strength.of(node, label, mu)
@@ -227,6 +226,7 @@ class NodeFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
         site, sweep = ctx.site, ctx.sweep
+        site.reached = True
         (error,) = ctx.saved_tensors
         mu = site.prediction
         energy: Energy = site.node.energy
@@ -256,11 +256,11 @@ def _learned_signal(site: Site, sweep: Any, error: Tensor, signal: Tensor, gradi
     """Take the last step; what the module below learns from there, dE/dmu."""
     energy = site.node.energy
     if energy.quadratic and sweep.step_size * site.node.step_factor == 1:
-        if sweep.followed:
+        if sweep.phase.followed:
             site.last_move = -sweep.step_size * site.step(signal)
         return signal
     target = error - sweep.step_size * site.step(gradient)
-    if sweep.followed:
+    if sweep.phase.followed:
         site.last_move = target
     energy.observe(target, site.precision)
     return energy.grad_prediction(target, site.prediction, site.precision)

@@ -8,8 +8,7 @@ computed once and the caller divides it once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_pc.architecture import base_model, virtual_tokens
 from hf_pc.registry import Registry
 
 IGNORED = -100
@@ -29,24 +29,6 @@ UNSHIFTED = frozenset((
     "PegasusForCausalLM", "ProphetNetForCausalLM", "TrOCRForCausalLM", "WhisperForCausalLM", "XLMWithLMHeadModel",
     "XLNetLMHeadModel",
 ))  # fmt: skip
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT model, or the model itself."""
-    get = getattr(model, "get_base_model", None)
-    return get() if callable(get) else model
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, every module is in evaluation mode; behind it in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @dataclass(frozen=True)
@@ -87,7 +69,7 @@ class Output(ABC):
             )
         told = getattr(model, "shifts_labels", getattr(base, "shifts_labels", None))
         shifted = causal and not encoder_decoder if told is None else bool(told)
-        return OUTPUTS[name](shifted, keep_labels=encoder_decoder, virtual=_virtual_tokens(model) if shifted else 0)
+        return OUTPUTS[name](shifted, keep_labels=encoder_decoder, virtual=virtual_tokens(model) if shifted else 0)
 
     def split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
         """The model's inputs and the labels, aligned with the logits.
@@ -252,33 +234,5 @@ class BernoulliOutput(_DenseOutput):
         return scores.sigmoid().bernoulli()
 
 
-def _virtual_tokens(model: nn.Module) -> int:
-    """How many positions an active prompt-learning adapter puts before a sequence; prefixes are none."""
-    adapter = getattr(model, "active_peft_config", None)
-    if not getattr(adapter, "is_prompt_learning", False) or getattr(adapter, "peft_type", None) == "PREFIX_TUNING":
-        return 0
-    return int(adapter.num_virtual_tokens)  # type: ignore[union-attr]
-
-
 def _scores(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
-def auxiliary_loss(model: nn.Module, outputs: Any) -> Tensor | float:
-    """A mixture of experts' router losses, weighted as its own forward does when it is given labels; else 0."""
-    config = getattr(base_model(model), "config", None)
-    total: Tensor | float = 0.0
-    for kind in ("aux_loss", "z_loss"):
-        names = (kind, f"encoder_{kind}", f"decoder_{kind}")
-        if parts := [outputs[name] for name in names if outputs.get(name) is not None]:
-            weight = getattr(config, f"router_{kind}_coef", None)
-            if weight is None:  # a model of images and text may have it with its text
-                weight = getattr(getattr(config, "text_config", None), f"router_{kind}_coef", 0.0)
-            total += weight * sum(parts)
-    return total
-
-
-def routes(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether a pass over these inputs has a router loss, which reaches into every block."""
-    config = getattr(base_model(model), "config", None)
-    return bool(inputs.get("output_router_logits", getattr(config, "output_router_logits", False)))

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_pc.architecture import auxiliary_loss, base_model, evaluating
 from hf_pc.batch_state import copied
-from hf_pc.output import IGNORED, GaussianOutput, Output, auxiliary_loss, base_model, evaluating
+from hf_pc.output import IGNORED, GaussianOutput, Output
 from hf_pc.processes import is_sharded
 from hf_pc.rng import undrawn
 

@@ -7,7 +7,7 @@ longest list of equal modules.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -145,13 +145,9 @@ def _by_name(model: nn.Module, name: str) -> dict[str, nn.Module]:
     return found
 
 
-def layer_drop(model: nn.Module) -> str | None:
-    """The setting by which a model leaves out whole blocks while it trains, such as "layerdrop=0.1"; None if none."""
-    config = getattr(model, "config", None)
-    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
-        if getattr(config, name, 0):
-            return f"{name}={getattr(config, name)}"
-    return None
+def innermost(nodes: Sequence[Node]) -> nn.Module:
+    """The module of the first node that has none inside: as a rule the one that fires first."""
+    return next(node.module for node in nodes if not any(_inside(other.name, node.name) for other in nodes))
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from hf_pc.architecture import layer_drop
 from hf_pc.config import PCConfig
-from hf_pc.placement import layer_drop
 from hf_pc.processes import at_once, process_count, process_index, same_everywhere
 
 #: settings of TrainingArguments that all processes must share, or one of them waits for passes that never come

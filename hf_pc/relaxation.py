@@ -7,8 +7,7 @@ loss is divided once, by whoever knows how many tokens the whole optimiser step 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import takewhile
 from typing import Any
 
@@ -17,15 +16,13 @@ from torch import Tensor
 
 from hf_pc.energies import wide
 from hf_pc.learning import PLAIN, Phase
+from hf_pc.measurements import on_cpu, residual
 from hf_pc.node import LEARN, RELAX, Boundary, LossScale, Node, Site, Strength
+from hf_pc.top_signal import TopSignal
 
 OUTPUT_LABEL = "output"
 #: between the seeds of two devices: those of processes are one apart, and a CPU's generator knows 32 bits of a seed
 DEVICE_STRIDE = 1_000_003
-#: under this relaxed_fraction a step is backprop's in all but name
-BACKPROP_LIKE = 0.02
-#: what every phase adds to; the rest is reported of the first phase alone
-EVERY_PHASE = ("sweeps", "tried", "refused", "residual", "sequences", "bias")
 
 
 class Share:
@@ -86,8 +83,6 @@ class Relaxation:
         self.weights: list[Tensor] = []  # what may learn
         self._held: dict[Tensor, Tensor] = {}
         self.lower: torch.dtype | None = None  # of passes between the first and the last, if not that of those two
-        self.last = True  # whether no phase of the same step follows
-        self.followed = False  # whether a phase comes that begins where this one's errors point to
         #: whether what holds here does so on every process, where passes are made by all of them together
         self.agree: Callable[[bool], bool] = lambda holds: holds
         self.defers = False  # whether the first node's module is left to learn in a later phase
@@ -101,14 +96,9 @@ class Relaxation:
         self.refused = torch.zeros((), dtype=torch.float64)
         self.output_energy: Tensor | None = None  # nats times strength, without signs, [batch], of the last pass
         self.feedforward_energy: Tensor | None = None  # the same of the first pass, where every error is zero
-        # g at the last node where every error is zero, in units of this phase's strength
-        self._top_signal: Tensor | None = None
-        # the same of the first phase, whose strength is 1
-        self._first_signal: Tensor | None = None if before is None else before._first_signal
-        # what the module of the last node learns from in all phases so far
-        self._learned_before: Tensor | None = None if before is None else before._learned
-        self._learned: Tensor | None = None
-        self._change = self._reference = torch.zeros((), dtype=torch.float64)
+        self.top_signal: TopSignal = TopSignal(None if before is None else before.top_signal)
+        #: if a dictionary, states x of the passes to come are put there, by the label of their site
+        self.states: dict[str, Tensor] | None = None
         if before is not None and phase.warm:
             self._continue(before)
 
@@ -124,11 +114,12 @@ class Relaxation:
                 start = torch.lerp(site.rest_move, b * site.last_move, b)
                 # a gradient that overflowed in mixed precision is the scaler's matter: its errors start at rest
                 site.leaf = torch.where(start.isfinite(), start, 0.0).requires_grad_()
+            if self.phase.last:
+                site.first_move = site.last_move = None
         ratio = b / before.phase.strength
         assert before.feedforward_energy is not None
         self.feedforward_energy = ratio * before.feedforward_energy
-        self._top_signal = None if before._top_signal is None else ratio * before._top_signal
-        self._reference = ratio**2 * before._reference
+        self.top_signal.begin_where(before.top_signal, ratio)
 
     def passes(self, sweeps: int) -> int:
         """Passes that this phase makes of `sweeps`: two less where it does not start at rest."""
@@ -206,6 +197,8 @@ class Relaxation:
         if node.energy.uses_prediction:
             site.prediction = wide(mu.detach())
         state = self._join(self, site, mu)
+        if self.states is not None:
+            self.states[site.label] = state.detach()
         if self.at_rest:
             site.prediction_square = site.squares(
                 self.without_padding(site, node.energy.activity(mu.detach())), self.batch
@@ -247,8 +240,13 @@ class Relaxation:
             label = f"{node.name}#{visit}" if visit else node.name
             sites.append(Site(node, label, mu, self._strength))
             self.sites.append(sites[-1])
-        # activation checkpointing runs a module again in the backward pass: the same sites, from the start
-        site = sites[visit % len(sites)]
+        if not sites or visit >= len(sites) > 1:
+            raise RuntimeError(
+                f"node {node.name!r} ran more often than in the first pass of the same step ({len(sites)} times): the "
+                "model's passes over one batch must agree, and activation checkpointing may not run again what runs "
+                "several times in a pass"
+            )
+        site = sites[visit % len(sites)]  # activation checkpointing runs a module again in the backward pass
         if site.shape != mu.shape:
             raise RuntimeError(
                 f"node {node.name!r} computed shape {tuple(mu.shape)} after {tuple(site.shape)} in the same step: "
@@ -260,27 +258,18 @@ class Relaxation:
         """Note g and dF/dx of a site, in nats; called once per site and pass."""
         site.signal_square = self._weighted_square(site, signal)
         site.gradient_square = site.signal_square if self.at_rest else self._weighted_square(site, gradient)
-        if site is self.sites[-1] and self.share.top:
-            if self._top_signal is None:
-                self._top_signal = signal.detach()
-                if self._first_signal is None:
-                    self._first_signal = self._top_signal
-                self._reference = torch.linalg.vector_norm(signal).double().square()
-            else:
-                self._change = torch.linalg.vector_norm(signal - self._top_signal).double().square()
+        if site is self.top:
+            self.top_signal.note(signal)
 
     def note_learned(self, site: Site, signal: Tensor) -> None:
-        """Note what the module of a site learns from in a pass, in nats; that of the last node is kept."""
-        if site is self.sites[-1] and self.share.top:
-            learned = self.phase.weight * signal.detach()
-            self._learned = learned if self._learned_before is None else self._learned_before + learned
+        """Note what the module of a site learns from in a pass, in nats; that of the top node is kept."""
+        if site is self.top:
+            self.top_signal.note_learned(signal, self.phase.weight)
 
-    def _bias(self) -> Tensor:
-        """|what the last node's module learned from - g of a feedforward pass|^2, over all phases so far."""
-        if self._learned is None or self._first_signal is None:
-            return torch.zeros((), dtype=torch.float64)
-        bias: Tensor = torch.linalg.vector_norm(self._learned - self._first_signal).double().square()
-        return bias
+    @property
+    def top(self) -> Site | None:
+        """The last site that a signal has reached, which the output follows; None if it is on another process."""
+        return next((site for site in reversed(self.sites) if site.reached), None) if self.share.top else None
 
     def _weighted_square(self, site: Site, values: Tensor) -> Tensor:
         per_token = site.node.energy.square(values, site.prediction, site.precision)
@@ -358,7 +347,7 @@ class Relaxation:
         It is 0 where no signal arrives, as for a sequence without labels; means leave such sequences out. Raises
         RuntimeError behind a sweep in the middle that had no `tolerance` to be compared with.
         """
-        return _residual(*self._squares())
+        return residual(*self._squares())
 
     def first_nonfinite(self) -> str | None:
         """The first node, in the order of the forward pass, whose prediction or energy is not finite."""
@@ -386,91 +375,22 @@ class Relaxation:
             "sweeps": scalar(self.sweeps),
             "tried": scalar(self.tried),
             "refused": self.refused,
-            "residual": _residual(gradient, signal).sum(),
-            "change": self._change,
-            "reference": self._reference,
+            "residual": residual(gradient, signal).sum(),
+            "change": self.top_signal.change,
+            "reference": self.top_signal.reference,
             "free_energy": self._free_energy(signed=False).sum(),
             f"energy/{OUTPUT_LABEL}": self.output_energy.detach().double().sum(),
         }
-        if self.mode == LEARN and self.last:  # what is learned is known once all phases are
-            sums["bias"] = self._bias()
+        if self.mode == LEARN and self.phase.last:  # what is learned is known once all phases are
+            sums["bias"] = self.top_signal.bias()
         for site in self.sites:
             sums[f"energy/{site.label}"] = site.energy.sum()
             sums[f"error_square/{site.label}"] = site.squares(site.error.detach(), self.batch).sum()
             sums[f"prediction_square/{site.label}"] = site.prediction_square.sum()
             sums[f"size/{site.label}"] = scalar(site.size)
-        return self.share.merge(_on_cpu(sums))
-
-
-def _on_cpu(scalars: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scalars of float64 on the CPU; a device is read once, however many of them it has."""
-    found: dict[str, Tensor] = {}
-    by_device: dict[torch.device, list[str]] = {}
-    for name, value in scalars.items():
-        by_device.setdefault(value.device, []).append(name)
-    for names in by_device.values():
-        values = torch.stack([scalars[name].detach() for name in names]).cpu()
-        # each by itself: a view is sent to other processes with all that it is a view of
-        found |= {name: value.clone() for name, value in zip(names, values, strict=True)}
-    return {name: found[name] for name in scalars}
+        return self.share.merge(on_cpu(sums))
 
 
 def known_to_hold(flags: Tensor) -> bool:
     """Whether all hold, where the answer is at hand: False on a GPU, which would have to finish first."""
     return flags.device.type == "cpu" and bool(flags.all())
-
-
-def _residual(gradient: Tensor, signal: Tensor) -> Tensor:
-    return torch.where(signal == 0, 0.0, gradient.sqrt() / signal.sqrt())  # the ratio of the squares may overflow
-
-
-def add_sums(total: dict[str, Tensor], new: Mapping[str, Tensor]) -> None:
-    """Add `new` to `total` in place."""
-    for name, value in new.items():
-        total[name] = total[name] + value if name in total else value
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> float:
-    return float(numerator / denominator) if float(denominator) else 0.0
-
-
-def relaxed_fraction(sums: Mapping[str, Tensor]) -> float:
-    """|g_out(relaxed) - g_out(feedforward)| / |g_out(feedforward)|, g_out the signal that reaches the last node."""
-    return _ratio(sums["change"].sqrt(), sums["reference"].sqrt())
-
-
-def signal_bias(sums: Mapping[str, Tensor]) -> float:
-    """|what the last node's module learned from - g_out(feedforward)| / |g_out(feedforward)|, over all phases of a
-    rule of learning; nan where nothing was learned."""
-    return _ratio(sums["bias"].sqrt(), sums["reference"].sqrt()) if "bias" in sums else math.nan
-
-
-def summary(sums: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Means of summed measurements: energies in nats per label token, the rest without units."""
-    labels = [name.removeprefix("error_square/") for name in sums if name.startswith("error_square/")]
-    displacement = {
-        label: _ratio(sums[f"error_square/{label}"].sqrt(), sums[f"prediction_square/{label}"].sqrt())
-        for label in labels
-    }
-    return {
-        "free_energy": _ratio(sums["free_energy"], sums["tokens"]),
-        "energies": {
-            name.removeprefix("energy/"): _ratio(value, sums["tokens"])
-            for name, value in sums.items()
-            if name.startswith("energy/")
-        },
-        "residual": _ratio(sums["residual"], sums["sequences"]),
-        "relaxed_fraction": relaxed_fraction(sums),
-        "signal_bias": signal_bias(sums),
-        "displacement": displacement,
-        "sweeps": _ratio(sums["sweeps"], sums["batches"]),
-        "refused": _ratio(sums["refused"], sums["tried"]),
-    }
-
-
-def regime(relaxed_fraction: float, residual: float) -> str:
-    """The name of a regime: "backprop-like" (relaxed_fraction under 0.02), "equilibrium" (residual under 0.05) or
-    "relaxing"."""
-    if relaxed_fraction < BACKPROP_LIKE:
-        return "backprop-like"
-    return "equilibrium" if residual < 0.05 else "relaxing"

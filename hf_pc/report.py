@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_pc.relaxation import regime
+from hf_pc.measurements import regime
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,10 @@ class RelaxationOutput:
             the solver "error" it is its relaxed_fraction. With "mirrored", "balanced" and "wake_sleep" the
             differences between sequences or labels, which average out, count too. nan where nothing was learned.
         displacement: |e| / |mu| of each node.
-        sweeps: passes run.
+        sweeps: passes run, over all phases of the rule of `learning`.
         refused: share of the moves of single sequences that were refused.
-        states: x = mu + e of each node, shaped as its output.
+        states: x = mu + e of each node, shaped as its output; of a module that runs several times in a pass
+            NAME, NAME#1 and so on, here and in `errors`, `energies` and `displacement`.
         errors: e of each node, float32 or wider; of a model over several processes, as `states`, of the nodes here.
         sequence_free_energy: F of each sequence, nats, [batch]; where a rule takes the output energy of every other
             sequence with the opposite sign, F is what was descended, with that sign (`free_energy` is without).

@@ -27,6 +27,10 @@ from hf_pc.relaxation import Relaxation
 from hf_pc.rng import RandomState
 
 
+class RunsAgain(Exception):  # noqa: N818
+    """The first node's module lies in what activation checkpointing runs again in the backward pass."""
+
+
 class FirstPrediction:
     """Runs the first node's module once per step.
 
@@ -41,7 +45,7 @@ class FirstPrediction:
         self._module = guess
         self._kept: tuple[Any, RandomState] | None = None
         self._versions: list[int] = []  # of the model's tensors when it was kept
-        self._ran = self._mistaken = self._recomputes = False
+        self._ran = self._mistaken = self._runs_again = False
 
     def forget(self) -> None:
         """Begin a step."""
@@ -55,11 +59,11 @@ class FirstPrediction:
         module = self._module
         # a hook on its gradient would be called by the learning pass with what the first sweep has found
         hooked = module is not None and (module._backward_hooks or module._backward_pre_hooks)
-        return module is not None and _replaceable(module) and not hooked
+        return module is not None and _replaceable(module) and not hooked and not self._runs_again
 
     def serves_learning(self) -> bool:
         """Whether what is kept may stand in for the module in a learning pass: nothing else of it is learned from."""
-        return self._kept is not None and not self._recomputes and _alone(self._kept[0])
+        return self._kept is not None and not self._runs_again and _alone(self._kept[0])
 
     def learns(self) -> bool:
         """Whether what is kept has the graph that its weights learn through."""
@@ -92,6 +96,10 @@ class FirstPrediction:
             random: of these generators.
             graph: return it with its graph.
             computed: called when the module has run for the first time; until then its weights may require grad.
+
+        Raises:
+            RunsAgain: the backward pass would run it again, with what went before it in a block, and would find other
+                weights frozen than this pass does; from then on none may require grad.
         """
         module = self._module
         if module is None or not _replaceable(module):
@@ -104,13 +112,13 @@ class FirstPrediction:
             if not first or self._mistaken:
                 return compute(*args, **kwargs)
             if self._kept is None:
-                self._recomputes = _checkpointed()
-                if self._recomputes and computed is not None:
-                    computed()  # so that the second run, in the backward pass, finds weights as the first did
+                seen, self._runs_again = self._runs_again, _checkpointed()
+                if self._runs_again and not seen and computed is not None:
+                    raise RunsAgain
                 output = compute(*args, **kwargs)
                 if computed is not None:
                     computed()
-                if _repeats(args, kwargs, output, learns=computed is not None and not self._recomputes):
+                if _repeats(args, kwargs, output, learns=computed is not None and not self._runs_again):
                     kept = output if _alone(output) else _detached(output)
                     self._kept = kept, random.now()
                     self._versions = self._written()

@@ -34,7 +34,8 @@ class RandomState:
         self._python = random.getstate()
         self._numpy = np.random.get_state() if numpy else None
         self._cpu = torch.get_rng_state()
-        self._cuda = {d: torch.cuda.get_rng_state(d) for d in self._devices if d.type == "cuda"}
+        own = [device for device in self._devices if device.type not in ("cpu", "meta")]
+        self._accelerators = {d: torch.get_device_module(d).get_rng_state(*_named(d)) for d in own}
 
     def now(self) -> RandomState:
         """A copy of the same generators' present state."""
@@ -45,8 +46,13 @@ class RandomState:
         if self._numpy is not None:
             np.random.set_state(self._numpy)
         torch.set_rng_state(self._cpu)
-        for device, state in self._cuda.items():
-            torch.cuda.set_rng_state(state, device)
+        for device, state in self._accelerators.items():
+            torch.get_device_module(device).set_rng_state(state, *_named(device))
+
+
+def _named(device: torch.device) -> tuple[torch.device, ...]:
+    """The device, where its kind has several."""
+    return () if device.type == "mps" else (device,)
 
 
 @contextmanager

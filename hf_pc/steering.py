@@ -12,8 +12,8 @@ from torch import Tensor
 from hf_pc.checks import check_scale
 from hf_pc.config import PCConfig
 from hf_pc.learning import phases_of
+from hf_pc.measurements import BACKPROP_LIKE, add_sums, relaxed_fraction, signal_bias
 from hf_pc.processes import process_count, process_index
-from hf_pc.relaxation import BACKPROP_LIKE, add_sums, relaxed_fraction, signal_bias
 
 INITIAL_RELATIVE_STD = 0.2
 GAIN, LIMIT = 0.5, 0.7

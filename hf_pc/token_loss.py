@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from hf_pc.architecture import auxiliary_loss
 from hf_pc.callbacks import PCProgressCallback
-from hf_pc.output import IGNORED, Output, auxiliary_loss
+from hf_pc.output import IGNORED, Output
 from hf_pc.own_loss import NO_LABELS, OTHER_LOSS, OTHER_TASK, Comparison, compare
 from hf_pc.processes import gathered
 from hf_pc.provenance import Secret

@@ -22,20 +22,19 @@ from hf_pc.callbacks import NonFiniteGuard, SteeringCallback
 from hf_pc.checkpoints import CheckpointMixin
 from hf_pc.checks import check_whole
 from hf_pc.config import PCConfig
-from hf_pc.diagnostics.curvature import largest_curvature
+from hf_pc.diagnostics.curvature import RUNAWAY, largest_curvature
 from hf_pc.heatmap import EnergyHeatmap
 from hf_pc.learning import cancels_in_each_sequence
+from hf_pc.measurements import add_sums, summary
 from hf_pc.model import PCModel
 from hf_pc.placement import resolve
 from hf_pc.processes import gathered, is_sharded, naming_the_lost, reducing
 from hf_pc.pushing import PushMixin
 from hf_pc.refusals import check_first_batch, check_learnable, check_processes, refuse
-from hf_pc.relaxation import add_sums, summary
 from hf_pc.token_loss import BackpropSeq2SeqTrainer, BackpropTrainer, TokenLossMixin
 
 logger = logging.getLogger(__name__)
 #: lambda_max, in precisions, over which a relaxation is running away
-RUNAWAY_CURVATURE = 20.0
 #: signal_bias over which phases that should cancel in each sequence no longer do
 RUNAWAY_BIAS = 0.2
 
@@ -160,11 +159,10 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
         self.nonfinite_node = None
         logged: Tensor | None = None
         for phase in pc.phases:
-            last = phase is pc.phases[-1]
             with (
                 self._relaxing(model, weight_step),
                 pc.relaxed(inputs, weight_step, phase, model) as relaxation,
-                self._synchronised(model, last),
+                self._synchronised(model, phase.last),
             ):
                 loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
                 add_sums(self._window, pc.observe(relaxation))
@@ -188,11 +186,11 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
         self._probed.add(self.state.global_step)
         curvature = max(gathered(largest_curvature(pc, inputs)))
         self.log({"curvature": curvature})
-        if curvature > RUNAWAY_CURVATURE:
+        if curvature > RUNAWAY:
             logger.warning(
                 "step %d: the free energy's largest curvature is %.3g precisions; over %g a relaxation needs ever "
                 "smaller steps, and published runs collapsed. Lower relaxed_fraction, or learn centred",
-                self.state.global_step, curvature, RUNAWAY_CURVATURE,
+                self.state.global_step, curvature, RUNAWAY,
             )  # fmt: skip
 
     def _relaxing(self, model: nn.Module, weight_step: Any) -> AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_invariants import batch, make
 from torch import nn
 from transformers import (
     ResNetConfig,
@@ -30,6 +31,52 @@ def resnet() -> Any:
     set_seed(0)
     sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
     return ResNetForImageClassification(ResNetConfig(**sizes, layer_type="basic")).train()
+
+
+@pytest.mark.parametrize("kind", ["xpu", "mps"])
+def test_the_generators_of_other_accelerators_are_replayed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever kind of device a model is on, its generator is put back; one that has one device names none."""
+    states = {"now": torch.tensor([1])}
+
+    class Module:
+        @staticmethod
+        def get_rng_state(*device: torch.device) -> torch.Tensor:
+            assert len(device) == (kind != "mps")
+            return states["now"]
+
+        @staticmethod
+        def set_rng_state(state: torch.Tensor, *device: torch.device) -> None:
+            assert len(device) == (kind != "mps")
+            states["now"] = state
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
+    kept = RandomState([torch.device(kind), torch.device("cpu")], numpy=False)
+    states["now"] = torch.tensor([2])
+    kept.restore()
+    assert int(states["now"]) == 1
+
+
+def test_no_dropout_is_no_other_batchnorm() -> None:
+    """With dropout="off" BatchNorm trains as it does otherwise; where it is frozen it stays so."""
+    inputs = {"pixel_values": torch.randn(4, 3, 16, 16).double(), "labels": torch.tensor([0, 1, 2, 0])}
+    for frozen in (False, True):
+        found = []
+        for dropout in ("off", "replay"):
+            model = resnet().double()
+            norm = model.resnet.embedder.embedder.normalization.train(not frozen)
+            PCModel(model, PCConfig(dropout=dropout, relative_std=0.3)).accumulate_grad(**inputs)  # type: ignore[arg-type]
+            assert int(norm.num_batches_tracked) == int(not frozen)
+            found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert torch.equal(*found)
+
+
+def test_no_dropout_does_not_end_checkpointing_unasked() -> None:
+    """transformers checkpoints in training mode alone: that is said where dropout="off" would leave it."""
+    model = make("gpt2").train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"dropout='off' does without training mode"):
+        PCModel(model, PCConfig(dropout="off")).accumulate_grad(**batch())
+    assert model.training
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)

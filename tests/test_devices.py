@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from two_devices import place, two_devices
 
 from hf_pc import PCConfig, PCModel
+from hf_pc.diagnostics import largest_curvature
 
 SETTINGS: list[dict[str, Any]] = [
     {"relative_std": 0.5, "sweeps": 4}, {"relative_std": 0.5, "sweeps": 4, "step_size": 0.3, "tolerance": 0.1},
@@ -50,8 +51,13 @@ def test_two_devices_learn_as_one(settings: dict[str, Any]) -> None:
         found = learned(model, {name: value.to("meta:0") for name, value in batch().items()}, settings)
         assert [str(state.device) for state in found.states.values()] == ["meta:0", "meta:1", "meta:1"]
         assert [str(error.device) for error in found.errors.values()] == ["meta:0", "meta:1", "meta:1"]
+        pc = PCModel(model, PCConfig(relative_std=0.5, sweeps=4))
+        curvature = largest_curvature(pc, {name: value.to("meta:0") for name, value in batch().items()}, 2)
+        pc.detach()
         mine = {n: p.grad.inner for n, p in model.named_parameters()}
     assert worst(mine, gradients(whole)) < 1e-9
+    expected_curvature = largest_curvature(PCModel(whole, PCConfig(relative_std=0.5, sweeps=4)), batch(), 2)
+    assert curvature == pytest.approx(expected_curvature, rel=1e-6)
     for name in ("free_energy", "residual", "relaxed_fraction", "refused", "sweeps"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-9, abs=1e-12)
 

@@ -62,7 +62,7 @@ def test_the_trainer_logs_and_warns(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """curvature_steps=2 logs the curvature at steps 0 and 2, and warns over the threshold; training is unchanged."""
-    monkeypatch.setattr("hf_pc.trainer.RUNAWAY_CURVATURE", 1.0)
+    monkeypatch.setattr("hf_pc.trainer.RUNAWAY", 1.0)
     plain, probed = (trainer(tmp_path / str(n), **({"curvature_steps": n} if n else {})) for n in (0, 2))
     plain.train()
     with caplog.at_level(logging.WARNING, logger="hf_pc.trainer"):

@@ -15,7 +15,7 @@ from test_trainer import trained, trainer
 
 from hf_pc import PCConfig, PCModel, RelaxationOutput
 from hf_pc.learning import RULES
-from hf_pc.relaxation import summary
+from hf_pc.measurements import summary
 from hf_pc.trainer import BackpropTrainer
 
 ORDER = {"plain": 1, "centred": 2, "extrapolated": 4, "one_sided": 4}

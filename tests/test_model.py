@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 import torch
 from test_invariants import batch, make
+from test_reuse import albert
 from torch import Tensor, nn
+from transformers import set_seed
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_pc import NodeSpec, PCConfig, PCModel
 from hf_pc.steering import Steering
@@ -247,6 +250,65 @@ def test_what_no_node_can_be(change: Callable[[Tensor], Any], error: type[Except
     with pytest.raises(error, match=message):
         pc.relax(inputs=torch.zeros(3, 4), labels=torch.zeros(3, 4))
     pc.detach()
+
+
+class Beside(nn.Module):
+    """Two layers, and one that fires last and has no way to the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+        self.pooler = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+        x = self.layers[1](self.layers[0](x).tanh())
+        return SequenceClassifierOutput(logits=x, hidden_states=(self.pooler(x),))
+
+
+@pytest.mark.parametrize("solver", ["error", "state"])
+def test_the_top_node_is_the_one_that_the_output_follows(solver: str) -> None:
+    """A node behind it that feeds no output is none to steer by; errors that start at zero stay so there, while a
+    state lags behind its prediction, and holds back those below a little."""
+    found = []
+    for nodes in ("layers.0,layers.1", "layers.0,layers.1,pooler"):
+        set_seed(0)
+        model = Beside().double()
+        pc = PCModel(model, PCConfig(nodes=nodes, relaxed_fraction=0.1, solver=solver, sweeps=6))
+        for _ in range(20):
+            out = pc.accumulate_grad(x=torch.randn(6, 8).double(), labels=torch.arange(6))
+            pc.steer()
+        found.append((out.relaxed_fraction, out.signal_bias, pc.relative_std))
+    assert found[0][0] > 0.05
+    assert found[1] == pytest.approx(found[0], rel=1e-12 if solver == "error" else 0.2)
+
+
+def test_a_node_that_runs_later_alone_is_named() -> None:
+    """A module that the first pass of a step left out cannot be a node of the next."""
+    calls: list[int] = []
+
+    class Sometimes(Beside):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+            calls.append(0)
+            return SequenceClassifierOutput(logits=self.layers[0](self.pooler(x) if len(calls) > 1 else x))
+
+    pc = PCModel(Sometimes(), PCConfig(nodes="layers.0,pooler", relative_std=0.5))
+    with pytest.raises(RuntimeError, match=r"node 'pooler' ran more often than in the first pass .*\(0 times\)"):
+        pc.relax(x=torch.randn(6, 8), labels=torch.arange(6))
+
+
+def test_every_run_of_a_module_is_reported() -> None:
+    """States have the names of their errors: of ALBERT's one block three."""
+    report = PCModel(albert(), PCConfig(relative_std=0.5)).relax(**batch())
+    assert list(report.states) == list(report.errors) == list(report.displacement)
+    assert len(report.states) == 3
+    assert isinstance(report.sweeps, int)
+
+
+def test_the_loss_of_a_forward_pass_takes_what_relaxing_takes() -> None:
+    """`backprop_loss` sets what `relax` sets: a tuple is not asked for, and no cache."""
+    pc = PCModel(make("gpt2"))
+    given = pc.backprop_loss({**batch(), "return_dict": False})
+    assert float(given) == pytest.approx(pc.relax(**batch()).feedforward_energy, rel=1e-6)
 
 
 def test_passes_agree_on_shapes() -> None:

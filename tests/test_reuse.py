@@ -74,17 +74,29 @@ def test_signals_that_wait_add_up(name: str, learning: str, monkeypatch: pytest.
     assert worst(*found) < (1e-4 if name == "mixtral" else 1e-9)
 
 
-@pytest.mark.parametrize("setting", [{"learning": "balanced"}, {"learning": "balanced", "nodes": "sublayer"}, {}])
-def test_checkpointed_blocks_learn_in_every_phase(setting: dict[str, Any]) -> None:
-    """A module that the backward pass runs again cannot wait: with activation checkpointing nothing is different."""
+CHECKPOINTED: list[dict[str, Any]] = [
+    {}, {"learning": "balanced"}, {"learning": "balanced", "nodes": "sublayer"}, {"nodes": "linear"}, {"nodes": "mlp"},
+    {"attention_energy": "categorical"}, {"solver": "state"}, {"solver": "state", "nodes": "linear"},
+    {"nodes": r".*\.0,.*\.1,.*\.0\.mlp"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("setting", CHECKPOINTED, ids=str)
+def test_checkpointed_blocks_learn_in_every_phase(name: str, setting: dict[str, Any]) -> None:
+    """What the backward pass runs again cannot wait, and finds the weights frozen that the forward pass found so: with
+    activation checkpointing nothing is different, wherever in a block the nodes are, and in a second step either.
+    (Llama's norms compute in float32.)"""
     found = []
     for checkpointing in (True, False):
-        model = make("gpt2").double()
+        model = make(name).double().train()
         if checkpointing:
             model.gradient_checkpointing_enable()
-        PCModel(model, PCConfig(sweeps=4, relative_std=0.5, **setting)).accumulate_grad(**batch())
+        pc = PCModel(model, PCConfig(sweeps=4, relative_std=0.5, **setting))
+        for _ in range(2):
+            pc.accumulate_grad(**batch())
         found.append(gradients(model))
-    assert worst(*found) < 1e-9
+    assert worst(*found) < (1e-9 if name == "gpt2" else 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -259,6 +271,31 @@ def test_a_first_run_that_may_not_stand_is_made_again(
         PCModel(model, PCConfig(nodes=r"blocks\.\d+", precision=1.0, sweeps=4)).accumulate_grad(**inputs)
         found.append(gradients(model))
     assert worst(*found) < 1e-12
+
+
+class Repeated(nn.Module):
+    """One block that runs three times in a pass, each time checkpointed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def block(self, x: Tensor) -> Tensor:
+        return x + self.inner(x).tanh()
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+        for _ in range(3):
+            x = checkpoint(self.block, x, use_reentrant=False)
+        return SequenceClassifierOutput(logits=x)
+
+
+def test_runs_of_one_node_are_not_mistaken_for_each_other() -> None:
+    """Which of several runs the backward pass repeats is not to be told: that is said, and nothing is learned."""
+    model = Repeated()
+    pc = PCModel(model, PCConfig(nodes="inner", relative_std=0.5))
+    with pytest.raises(RuntimeError, match=r"node 'inner' ran more often than in the first pass .*\(3 times\)"):
+        pc.accumulate_grad(x=torch.randn(5, 4), labels=torch.arange(5) % 4)
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")

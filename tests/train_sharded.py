@@ -72,7 +72,7 @@ def watched(folder: Path) -> dict[str, list[Any]]:
 
     def reduced(*args: Any, **kwargs: Any) -> Any:
         relaxation = run.pc.relaxation
-        seen["reduced"].append((relaxation.mode, relaxation.phase is run.pc.phases[-1], run.state.global_step))
+        seen["reduced"].append((relaxation.mode, relaxation.phase.last, run.state.global_step))
         return reduce(*args, **kwargs)
 
     for block in run.model.transformer.h:

@@ -24,7 +24,7 @@ from language import Text, arguments, chosen, drawn, gpt2, loss_of, split, train
 from regimes import SIZE, methods
 
 from hf_pc import PCConfig
-from hf_pc.relaxation import regime
+from hf_pc.measurements import regime
 
 DEFAULTS = SIZE | {"steps": 400, "batch": 8}
 

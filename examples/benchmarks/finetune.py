@@ -30,7 +30,7 @@ from transformers import set_seed
 
 from hf_pc import PCConfig, PCTrainer, PCTrainingArguments
 from hf_pc.comparison import mean
-from hf_pc.relaxation import regime
+from hf_pc.measurements import regime
 from hf_pc.trainer import BackpropTrainer
 
 

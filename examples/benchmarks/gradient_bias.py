@@ -30,7 +30,7 @@ from transformers import GPT2LMHeadModel
 from hf_pc import PCConfig, PCModel
 from hf_pc.combinations import RELAXATION_DTYPES
 from hf_pc.learning import RULES
-from hf_pc.relaxation import add_sums, summary
+from hf_pc.measurements import add_sums, summary
 
 DEFAULTS = {"steps": 300, "batch": 16, "layers": 6, "hidden": 128, "heads": 4, "sequence": 64, "sweeps": 6}
 STEERING_STEPS = 10

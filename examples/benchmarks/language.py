@@ -27,9 +27,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_pc import PCConfig, PCModel, RelaxationOutput
 from hf_pc.compilation import compile_forwards
+from hf_pc.measurements import regime
 from hf_pc.output import Output
 from hf_pc.placement import resolve
-from hf_pc.relaxation import regime
 
 #: what is reported of a training, the mean over its steps
 REGIME = ("relaxed_fraction", "residual", "signal_bias", "refused", "sweeps")

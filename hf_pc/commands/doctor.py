@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 
+from hf_pc.architecture import layer_drop
 from hf_pc.commands.loading import add_model_arguments, auto_class, random_batch, refuse_adapter, without_weights
 from hf_pc.commands.waiting import stages
 from hf_pc.config import PCConfig
 from hf_pc.diagnostics import compare_with_backprop, largest_curvature
+from hf_pc.diagnostics.curvature import RUNAWAY
+from hf_pc.measurements import regime
 from hf_pc.model import PCModel
 from hf_pc.output import Output
 from hf_pc.own_loss import OTHER_TASK, SAME, compare
-from hf_pc.placement import layer_drop, resolve
-from hf_pc.relaxation import regime
+from hf_pc.placement import resolve
 
 HELP = "check a model: its own loss, gradients at T = 1, curvature, time and memory of a step, what would fail"
 EXAMPLE = "hf-pc doctor runs/clm --sweeps 3 --batch 8 --sequence 128"
@@ -139,7 +141,7 @@ def _relaxation(pc: PCModel, batch: dict[str, Any]) -> dict[str, Any]:
 def _curvature(pc: PCModel, batch: dict[str, Any]) -> dict[str, Any]:
     found = largest_curvature(pc, batch)
     note = f"in precisions; a fixed step is stable under {2 / found:.3g}" if found > 0 else "no curvature"
-    return _row("largest curvature of the free energy", found, OK if found < 20 else WARNING, note)
+    return _row("largest curvature of the free energy", found, OK if found < RUNAWAY else WARNING, note)
 
 
 def _seconds(step: Callable[[], Any]) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from hf_pc.commands.runs import history
 from hf_pc.commands.waiting import stages
 from hf_pc.diagnostics.plots import plot_history
-from hf_pc.relaxation import regime
+from hf_pc.measurements import regime
 
 HELP = "draw a run: curves, the energy of every node over time, the regime"
 EXAMPLE = "hf-pc plot runs/clm --output clm.png"

@@ -16,6 +16,9 @@ from torch import Tensor
 from hf_pc.model import PCModel
 from hf_pc.rng import undrawn
 
+#: over this a relaxation needs ever smaller steps
+RUNAWAY = 20.0
+
 
 def largest_curvature(pc: PCModel, inputs: Mapping[str, Any], iterations: int = 8, step: float = 1e-3) -> float:
     """lambda_max at the relaxed states of a batch, in units of the precision, by Lanczos iteration.
@@ -43,11 +46,11 @@ def largest_curvature(pc: PCModel, inputs: Mapping[str, Any], iterations: int = 
         roots = [site.precision.sqrt() for site in sites]
 
         def flat(parts: list[Tensor]) -> Tensor:
-            return torch.cat([part.flatten() for part in parts])
+            return torch.cat([part.flatten().to(at[0].device) for part in parts])
 
         def parts_of(vector: Tensor) -> list[Tensor]:
             chunks = torch.split(vector, [leaf.numel() for leaf in at])
-            return [chunk.view_as(leaf) for chunk, leaf in zip(chunks, at, strict=True)]
+            return [chunk.view_as(leaf).to(leaf.device) for chunk, leaf in zip(chunks, at, strict=True)]
 
         scale = float(flat([e * root for e, root in zip(at, roots, strict=True)]).norm()) or 1.0
 

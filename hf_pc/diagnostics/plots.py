@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_pc.measurements import AT_EQUILIBRIUM, BACKPROP_LIKE
+
 History = Sequence[Mapping[str, Any]]
 
 
@@ -104,8 +106,8 @@ def plot_history(path: Path, history: History) -> Path:
     _heat(figure, heat, history)
     for name, color in (("relaxed_fraction", "C0"), ("residual", "C3")):
         regimes.plot(*_series(history, name), color=color, label=name)
-    regimes.axhline(0.02, color="C0", linestyle=":", label="backprop-like below")
-    regimes.axhline(0.05, color="C3", linestyle=":", label="equilibrium below")
+    regimes.axhline(BACKPROP_LIKE, color="C0", linestyle=":", label="backprop-like below")
+    regimes.axhline(AT_EQUILIBRIUM, color="C3", linestyle=":", label="equilibrium below")
     regimes.set(xlabel="optimiser step", ylabel="ratio", title="Regime")
     if any(value > 0 for name in ("relaxed_fraction", "residual") for value in _series(history, name)[1]):
         regimes.set_yscale("log")

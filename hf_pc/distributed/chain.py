@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hf_pc.output import base_model, evaluating
+from hf_pc.architecture import base_model, evaluating
 from hf_pc.placement import blocks
 
 #: positional and named arguments

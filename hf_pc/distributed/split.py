@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_pc.batch_state import copied
+from hf_pc.architecture import base_model, evaluating, layer_drop, routes
 from hf_pc.config import PCConfig
 from hf_pc.distributed.chain import trace
 from hf_pc.distributed.neighbours import Neighbours, Receipt, Timeline
@@ -37,8 +37,8 @@ from hf_pc.energies import Energy, wide
 from hf_pc.hub import push
 from hf_pc.model import PCModel
 from hf_pc.node import LEARN, Boundary, Node
-from hf_pc.output import base_model, evaluating, routes
-from hf_pc.placement import blocks, layer_drop
+from hf_pc.output import IGNORED
+from hf_pc.placement import blocks
 from hf_pc.processes import at_once, by_all, process_count, same_everywhere
 from hf_pc.processes import gathered as every_process
 from hf_pc.report import RelaxationOutput
@@ -119,18 +119,13 @@ class SplitPCModel(PCModel):
         """One sweep of the blocks here; elsewhere than at the top the output energy is the plane seen from here."""
         assert self.relaxation is not None
         assert self._random is not None
+        at_rest = self.relaxation.at_rest
         if routes(self.model, batch):
             raise ValueError("output_router_logits=True cannot be had over several processes: the router's loss "
                              "reaches into every block")  # fmt: skip
-        self._random.restore()
-        self._first_prediction.begin_pass()
-        at_rest = self.relaxation.at_rest
-        self._statistics.hold(not (self._counts and at_rest))
-        if self.config.dropout == "off":
-            self.model.eval()
+        batch = self._begin_pass(batch)
         if at_rest:
             self.stage.begin_step(self._random)
-        batch = copied(batch)
         if at_rest or (self.stage.first and self.relaxation.mode == LEARN):
             with by_all(self.neighbours.device) if at_rest else nullcontext():  # the first alone looks up inputs
                 self._entered = self.stage.enter(batch)
@@ -148,7 +143,7 @@ class SplitPCModel(PCModel):
         with by_all(self.neighbours.device) if at_rest else nullcontext():  # the last alone looks at labels
             if self.stage.last:
                 outputs = self.stage.leave(batch, top.leaf.to(self._entered.dtype, copy=True))
-                energy = self.output.total(outputs, labels)
+                energy = self.output.total(outputs, labels, checked=not at_rest)
         energy = self.relaxation.note_output(energy)
         if not self.stage.last:
             slope = torch.zeros_like(top.leaf) if above is None else above.wait()  # at rest no signal comes yet
@@ -262,7 +257,7 @@ class SplitPCModel(PCModel):
                 with by_all(device):
                     if self.stage.last:
                         energy = self.output.total(self.stage.leave(batch, state), labels).sum()
-                        totals += torch.stack([energy.double(), labels.ne(-100).sum().double()]).to(totals)
+                        totals += torch.stack([energy.double(), labels.ne(IGNORED).sum().double()]).to(totals)
         nats, tokens = self.neighbours.sum(totals).tolist()
         if not tokens:
             raise ValueError("the batches hold no label: there is nothing to evaluate")

@@ -59,6 +59,7 @@ class Descent:
             rest = site.leaf.detach().new_zeros(()).expand_as(site.leaf)
             descent.best.append(rest)
             descent.direction.append(rest if site.rest_move is None else site.rest_move)
+            site.rest_move = None
         return descent
 
     def judge(self) -> Tensor:
@@ -85,7 +86,7 @@ class Descent:
             residual = self.relaxation.residual().to(stands.device)
             self.residual = torch.where(stands, residual, self.residual) if self.best else residual
         if not self.best:
-            if self.relaxation.followed:
+            if self.relaxation.phase.followed:
                 for site, direction in zip(sites, directions, strict=True):
                     site.first_move = direction
         else:
@@ -135,7 +136,7 @@ class Descent:
         """What is kept are the leaves at rest: no others have been in the precision of the last pass."""
         self.free_energy = self.relaxation.rest_energy()
         self.rounding = ROUNDING[_compute_dtype(self.relaxation)]
-        self.best = [torch.zeros_like(leaf) for leaf in self.best]
+        self.best = [leaf.new_zeros(()).expand_as(leaf) for leaf in self.best]
 
     def settle(self) -> None:
         """No more moves: forget what only they would need."""

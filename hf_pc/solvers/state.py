@@ -131,15 +131,17 @@ class StateSolver(Solver):
         for site in relaxation.sites:
             site.leaf.grad = None
             site.node.energy.observe(site.error, site.precision)
-        for last in relaxation.sites[-1:]:
-            relaxation.note_learned(last, self.signal(last))
-        return self._taken(relaxation, found)
+        gradients = self._taken(relaxation, found)
+        if relaxation.top is not None:
+            relaxation.note_learned(relaxation.top, self.signal(relaxation.top))
+        return gradients
 
     def _taken(self, relaxation: Relaxation, found: Sequence[Tensor | None]) -> list[Tensor]:
         gradients = []
         for site, g in zip(relaxation.sites, found, strict=True):
+            site.reached |= g is not None or site.signal is not None
+        for site, g in zip(relaxation.sites, found, strict=True):
             signals = [signal for signal in (g, site.signal) if signal is not None]
-            site.reached = site.reached or bool(signals)
             site.signal = None
             signal = sum(signals[1:], signals[0]) if signals else torch.zeros_like(site.error)
             signal = relaxation.without_padding(site, signal)

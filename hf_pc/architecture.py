@@ -1,0 +1,71 @@
+"""What is to be known of a transformers model beside its blocks: what is inside a PEFT model, what its mode, its
+configuration and its adapters mean for a pass over a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model, or the model itself."""
+    get = getattr(model, "get_base_model", None)
+    return get() if callable(get) else model
+
+
+@contextmanager
+def evaluating(model: nn.Module, enter: Callable[[nn.Module], object] = nn.Module.eval) -> Iterator[None]:
+    """Inside, every module is in evaluation mode, or in the one that `enter` sets; behind it in that it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        enter(model)
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """How many positions an active prompt-learning adapter puts before a sequence; prefixes are none."""
+    adapter = getattr(model, "active_peft_config", None)
+    if not getattr(adapter, "is_prompt_learning", False) or getattr(adapter, "peft_type", None) == "PREFIX_TUNING":
+        return 0
+    return int(adapter.num_virtual_tokens)  # type: ignore[union-attr]
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether a model's own activation checkpointing is switched on."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def layer_drop(model: nn.Module) -> str | None:
+    """The setting by which a model leaves out whole blocks while it trains, such as "layerdrop=0.1"; None if none."""
+    config = getattr(model, "config", None)
+    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        if getattr(config, name, 0):
+            return f"{name}={getattr(config, name)}"
+    return None
+
+
+def auxiliary_loss(model: nn.Module, outputs: Any) -> Tensor | float:
+    """A mixture of experts' router losses, weighted as its own forward does when it is given labels; else 0."""
+    config = getattr(base_model(model), "config", None)
+    total: Tensor | float = 0.0
+    for kind in ("aux_loss", "z_loss"):
+        names = (kind, f"encoder_{kind}", f"decoder_{kind}")
+        if parts := [outputs[name] for name in names if outputs.get(name) is not None]:
+            weight = getattr(config, f"router_{kind}_coef", None)
+            if weight is None:  # a model of images and text may have it with its text
+                weight = getattr(getattr(config, "text_config", None), f"router_{kind}_coef", 0.0)
+            total += weight * sum(parts)
+    return total
+
+
+def routes(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether a pass over these inputs has a router loss, which reaches into every block."""
+    config = getattr(base_model(model), "config", None)
+    return bool(inputs.get("output_router_logits", getattr(config, "output_router_logits", False)))

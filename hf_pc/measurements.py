@@ -1,0 +1,89 @@
+"""What the relaxations of a training run measured: sums that add up over batches, phases and processes, and what is
+said of them: means, and the name of the regime.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: under this relaxed_fraction a step is backprop's in all but name
+BACKPROP_LIKE = 0.02
+#: under this residual a batch is at its equilibrium
+AT_EQUILIBRIUM = 0.05
+#: what every phase adds to; the rest is reported of the first phase alone
+EVERY_PHASE = ("sweeps", "tried", "refused", "residual", "sequences", "bias")
+
+
+def on_cpu(scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scalars of float64 on the CPU; a device is read once, however many of them it has."""
+    found: dict[str, Tensor] = {}
+    by_device: dict[torch.device, list[str]] = {}
+    for name, value in scalars.items():
+        by_device.setdefault(value.device, []).append(name)
+    for names in by_device.values():
+        values = torch.stack([scalars[name].detach() for name in names]).cpu()
+        # each by itself: a view is sent to other processes with all that it is a view of
+        found |= {name: value.clone() for name, value in zip(names, values, strict=True)}
+    return {name: found[name] for name in scalars}
+
+
+def residual(gradient: Tensor, signal: Tensor) -> Tensor:
+    """|dF/dx| / |g| from their squares; 0 where no signal arrives."""
+    return torch.where(signal == 0, 0.0, gradient.sqrt() / signal.sqrt())  # the ratio of the squares may overflow
+
+
+def add_sums(total: dict[str, Tensor], new: Mapping[str, Tensor]) -> None:
+    """Add `new` to `total` in place."""
+    for name, value in new.items():
+        total[name] = total[name] + value if name in total else value
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> float:
+    return float(numerator / denominator) if float(denominator) else 0.0
+
+
+def relaxed_fraction(sums: Mapping[str, Tensor]) -> float:
+    """|g_out(relaxed) - g_out(feedforward)| / |g_out(feedforward)|, g_out the signal that reaches the last node."""
+    return _ratio(sums["change"].sqrt(), sums["reference"].sqrt())
+
+
+def signal_bias(sums: Mapping[str, Tensor]) -> float:
+    """|what the last node's module learned from - g_out(feedforward)| / |g_out(feedforward)|, over all phases of a
+    rule of learning; nan where nothing was learned."""
+    return _ratio(sums["bias"].sqrt(), sums["reference"].sqrt()) if "bias" in sums else math.nan
+
+
+def summary(sums: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Means of summed measurements: energies in nats per label token, the rest without units."""
+    labels = [name.removeprefix("error_square/") for name in sums if name.startswith("error_square/")]
+    displacement = {
+        label: _ratio(sums[f"error_square/{label}"].sqrt(), sums[f"prediction_square/{label}"].sqrt())
+        for label in labels
+    }
+    return {
+        "free_energy": _ratio(sums["free_energy"], sums["tokens"]),
+        "energies": {
+            name.removeprefix("energy/"): _ratio(value, sums["tokens"])
+            for name, value in sums.items()
+            if name.startswith("energy/")
+        },
+        "residual": _ratio(sums["residual"], sums["sequences"]),
+        "relaxed_fraction": relaxed_fraction(sums),
+        "signal_bias": signal_bias(sums),
+        "displacement": displacement,
+        "sweeps": _ratio(sums["sweeps"], sums["batches"]),
+        "refused": _ratio(sums["refused"], sums["tried"]),
+    }
+
+
+def regime(relaxed_fraction: float, residual: float) -> str:
+    """The name of a regime: "backprop-like" (relaxed_fraction under 0.02), "equilibrium" (residual under 0.05) or
+    "relaxing"."""
+    if relaxed_fraction < BACKPROP_LIKE:
+        return "backprop-like"
+    return "equilibrium" if residual < AT_EQUILIBRIUM else "relaxing"
