@@ -16,7 +16,7 @@ BACKPROP_LIKE = 0.02
 #: under this residual a batch is at its equilibrium
 AT_EQUILIBRIUM = 0.05
 #: what every phase adds to; the rest is reported of the first phase alone
-EVERY_PHASE = ("sweeps", "tried", "refused", "residual", "sequences", "bias")
+EVERY_PHASE = ("sweeps", "tried", "refused", "residual", "sequences", "bias", "nonfinite")
 
 
 def on_cpu(scalars: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -367,6 +367,7 @@ class Relaxation:
         """
         assert self.output_energy is not None
         gradient, signal = self._squares()
+        free_energy = self._free_energy(signed=False)
         scalar: Callable[[Any], Tensor] = lambda value: torch.as_tensor(value, dtype=torch.float64)  # noqa: E731
         sums = {
             "tokens": self.tokens.double(),
@@ -378,7 +379,8 @@ class Relaxation:
             "residual": residual(gradient, signal).sum(),
             "change": self.top_signal.change,
             "reference": self.top_signal.reference,
-            "free_energy": self._free_energy(signed=False).sum(),
+            "free_energy": free_energy.sum(),
+            "nonfinite": (~free_energy.isfinite()).double().sum(),
             f"energy/{OUTPUT_LABEL}": self.output_energy.detach().double().sum(),
         }
         if self.mode == LEARN and self.phase.last:  # what is learned is known once all phases are

@@ -45,6 +45,7 @@ class TokenLossMixin(_TrainerPart):
         self.model_accepts_loss_kwargs = True  # ask the Trainer to count label tokens, whatever the model's class
         self._loss_shifts_labels = self.output.shifted and not self.output.virtual  # there the first is a target too
         self._evaluated: list[Tensor] = []
+        self._without_labels: Tensor | int = 0  # batches of steps without any, since the last log
         self._warned_of_no_labels = False
         self._compared = output != "auto"  # one that is named need not be the model's own
         self._routing: Tensor | float = 0.0  # of the last loss the router's part
@@ -112,15 +113,11 @@ class TokenLossMixin(_TrainerPart):
             tokens = labels.ne(IGNORED).flatten(1).sum(1) if labels.dim() > 1 else labels.ne(IGNORED).long()
             self._evaluated = [energy.detach().double(), tokens.to(energy.device).double()]
         items = num_items_in_batch if num_items_in_batch is not None else labels.ne(IGNORED).sum()
-        if learning and not items and not self._warned_of_no_labels:
-            self._warned_of_no_labels = True
-            logger.warning(
-                "step %d: every label is ignored (%d): no gradient comes from such a step. No more is said of others",
-                self.state.global_step, IGNORED,
-            )  # fmt: skip
-        items = max(items, 1)
-        if isinstance(items, Tensor):
-            items = items.to(energy.device)  # a model over several devices ends on another than it begins
+        # a model over several devices ends on another than it begins
+        items = torch.as_tensor(items, device=energy.device)
+        if learning:
+            self._without_labels = self._without_labels + (items == 0)
+        items = items.clamp_min(1)
         # a router's loss is a mean over its batch: it counts for the share of the step's tokens that the batch has
         share = labels.ne(IGNORED).sum().to(energy.device) / items
         routing = share * self._auxiliary(outputs)
@@ -129,6 +126,16 @@ class TokenLossMixin(_TrainerPart):
             loss, routing = loss * self.accelerator.num_processes, routing * self.accelerator.num_processes
         self._routing = routing.detach()
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`; says once in a run that steps had nothing to learn from."""
+        if "loss" in logs and not self._warned_of_no_labels and self._without_labels:
+            self._warned_of_no_labels = True
+            logger.warning(
+                "step %d: since the last log there were steps in which every label is ignored (%d): no gradient comes "
+                "from such a step. No more is said of others", self.state.global_step, IGNORED,
+            )  # fmt: skip
+        super().log(logs, *args, **kwargs)
 
     def _auxiliary(self, outputs: Any) -> Tensor | float:
         return auxiliary_loss(self.model, outputs)

@@ -165,17 +165,17 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
                 self._synchronised(model, phase.last),
             ):
                 loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-                add_sums(self._window, pc.observe(relaxation))
-                if not bool(relaxation.free_energy().isfinite().all()):
+                found = pc.observe(relaxation)
+                add_sums(self._window, found)
+                if found["nonfinite"]:
                     self.nonfinite_node = self.nonfinite_node or relaxation.first_nonfinite()
                 if logged is None:
                     # the feedforward pass's loss, not that of states which have seen the labels
                     assert relaxation.feedforward_energy is not None
                     assert relaxation.output_energy is not None
                     seen, relaxed = relaxation.feedforward_energy.sum(), relaxation.output_energy.sum()
-                    logged = loss - self._routing
-                    logged = logged * (seen / relaxed) / phase.weight if relaxed else logged
-                    logged = logged + self._routing / phase.share
+                    scale = torch.where(relaxed == 0, 1.0, seen / relaxed / phase.weight)
+                    logged = (loss - self._routing) * scale + self._routing / phase.share
         assert logged is not None
         return logged
 
