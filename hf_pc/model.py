@@ -175,22 +175,7 @@ class PCModel(SavingMixin):
             forward: what passes that move weights call instead of the model, such as its distributed wrapper.
             learns: whether weights learn from a pass inside; if not, nothing is kept for that.
         """
-        update = self.config.weight_update
-        if (weight_step is None) != (update == "final"):
-            raise ValueError(
-                f"weight_update={update!r} moves the weights once the states have relaxed: weight_step is not allowed"
-                if update == "final" else
-                f"weight_update={update!r} moves weights while the states relax: use PCTrainer, or give weight_step"
-            )  # fmt: skip
-        if not self._detach.alive:
-            raise RuntimeError("this PCModel is detached: attach() it first")
-        if self.relaxation is not None:
-            raise RuntimeError("this PCModel is relaxing a batch already: one batch at a time")
-        if self._lower is not None and any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
-            raise ValueError(
-                f"relaxation_dtype={self.config.relaxation_dtype!r} is not allowed under autocast, where the learning "
-                "pass has no more precision than the sweeps"
-            )
+        self._check_ready(weight_step)
         if phase.first:
             self._before = None
             self._first_prediction.forget()
@@ -235,6 +220,25 @@ class PCModel(SavingMixin):
             self.relaxation = self._random = self._confirm = None
             if over:
                 self._first_prediction.forget()
+
+    def _check_ready(self, weight_step: Callable[[Tensor], None] | None) -> None:
+        """Raise ValueError or RuntimeError if no batch can be relaxed now, or not so."""
+        update = self.config.weight_update
+        if (weight_step is None) != (update == "final"):
+            raise ValueError(
+                f"weight_update={update!r} moves the weights once the states have relaxed: weight_step is not allowed"
+                if update == "final" else
+                f"weight_update={update!r} moves weights while the states relax: use PCTrainer, or give weight_step"
+            )  # fmt: skip
+        if not self._detach.alive:
+            raise RuntimeError("this PCModel is detached: attach() it first")
+        if self.relaxation is not None:
+            raise RuntimeError("this PCModel is relaxing a batch already: one batch at a time")
+        if self._lower is not None and any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            raise ValueError(
+                f"relaxation_dtype={self.config.relaxation_dtype!r} is not allowed under autocast, where the learning "
+                "pass has no more precision than the sweeps"
+            )
 
     def _begin(self, batch: Mapping[str, Any], labels: Tensor, phase: Phase, together: bool) -> Relaxation:
         """The relaxation of a phase; `together` where every pass is a meeting of all processes."""
