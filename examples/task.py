@@ -36,6 +36,8 @@ class TaskTrainingArguments(PCTrainingArguments):
     learning_rate: float = 5e-4
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 20
+    do_train: bool = field(default=True, metadata={"help": "Train; --do_train false only evaluates."})
+    do_eval: bool = field(default=True, metadata={"help": "Evaluate."})
     logging_steps: float = 10
     eval_strategy: str = "steps"
     eval_steps: float | None = 50
@@ -63,9 +65,7 @@ def parse(kinds: tuple[Any, ...], argv: list[str] | None, **defaults: Any) -> tu
     parser = HfArgumentParser((*kinds, PCConfig))
     parser.set_defaults(**defaults)
     parsed: tuple[Any, ...] = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
-    training = parsed[-2]
-    training.do_train = training.do_eval = True
-    set_seed(training.seed)
+    set_seed(parsed[-2].seed)
     return parsed
 
 

@@ -37,6 +37,20 @@ def virtual_tokens(model: nn.Module) -> int:
     return int(adapter.num_virtual_tokens)  # type: ignore[union-attr]
 
 
+def text_tower(model: nn.Module) -> str | None:
+    """The name of the part that text goes through, in a model that puts images or sounds into it, as LLaVA does.
+
+    A batch of such a model has as many images as it has, whichever sequences they are of. None for other models.
+    """
+    base = base_model(model)
+    config = getattr(base, "config", None)
+    placed = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
+    if getattr(config, "is_encoder_decoder", False) or all(getattr(config, name, None) is None for name in placed):
+        return None
+    decoder: Any = getattr(base, "get_decoder", lambda: None)()
+    return next((name for name, module in model.named_modules() if module is decoder and module is not base), None)
+
+
 def is_checkpointing(model: nn.Module) -> bool:
     """Whether a model's own activation checkpointing is switched on."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -61,7 +61,8 @@ def write_card(
         folder: where the checkpoint lies; a learning.png in it is shown.
         results: the figures of all_results.json: pc_eval_loss with pc_accuracy or pc_perplexity, and what else a
             comparison finds; empty for a model that was not evaluated.
-        base_model: the checkpoint that was fine-tuned, a repository or a folder; None for a model from scratch.
+        base_model: the checkpoint that was fine-tuned, a repository or a folder; None for a model from scratch, ""
+            where that is not known.
         dataset: a name for the data it learned from.
         dataset_id: its repository, if it has one.
         auto_class: what of transformers loads the model, one of `TASKS` or a class of its own.
@@ -75,8 +76,9 @@ def write_card(
     data = _metadata(results, name, metric, base_model, one_line(dataset), dataset_id, auto_class, adapter)
     template = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
     text = template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        card_data=data.to_yaml(), name=escape(name), base=_shown_base(base_model), dataset=escape(dataset),
-        notes=escape(notes), results=bool(results), metric=metric, config=config, solver=escape(config.solver),
+        card_data=data.to_yaml(), name=escape(name), base=escape(shown_base(base_model) or ""),
+        scratch=bool(results) and base_model is None, dataset=escape(dataset), notes=escape(notes), metric=metric,
+        config=config, solver=escape(config.solver),
         figure="learning.png" if (folder / "learning.png").is_file() else None, adapter=adapter,
         loading=fenced(_loading(auto_class, adapter, tokenizer), "python"),
         limits=_limits(config, results), settings=fenced(settings, "json"),
@@ -122,10 +124,11 @@ def _is_repository(name: str | None) -> bool:
     return not Path(name).exists()
 
 
-def _shown_base(base_model: str | None) -> str:
+def shown_base(base_model: str | None) -> str | None:
+    """A checkpoint's name as it may be published: its repository, or of a folder the last part."""
     if not base_model:
-        return ""
-    return escape(base_model if _is_repository(base_model) else Path(base_model).name) or "a checkpoint"
+        return base_model
+    return (base_model if _is_repository(base_model) else Path(base_model).name) or "a checkpoint"
 
 
 def _figures(results: Mapping[str, Any]) -> dict[str, Any]:

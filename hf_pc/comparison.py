@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import ProgressCallback, TrainerCallback
 
-from hf_pc.cards import ROWS, write_card
+from hf_pc.cards import ROWS, shown_base, write_card
 from hf_pc.diagnostics.plots import plot_run
 from hf_pc.hub import push_run
 from hf_pc.measurements import regime
@@ -90,10 +90,11 @@ def train_pc(trainer: Any, timer: StepTimer) -> tuple[dict[str, Any], History]:
         args.push_to_hub = pushes
         trainer.save_state()
         history = trainer.state.log_history
-        results |= {"pc_step_seconds": timer.median, "relaxed_fraction": mean(history, "relaxed_fraction")}
-        results["residual"] = mean(history, "residual")
-        results["regime"] = regime(results["relaxed_fraction"], results["residual"])
-        results["energies"] = last_energies(history)
+        results["pc_step_seconds"] = timer.median
+        if any("relaxed_fraction" in entry for entry in history):
+            results |= {name: mean(history, name) for name in ("relaxed_fraction", "residual")}
+            results["regime"] = regime(results["relaxed_fraction"], results["residual"])
+            results["energies"] = last_energies(history)
     if args.do_eval:
         results |= _figures("pc", trainer.evaluate())
     return results, history
@@ -161,6 +162,7 @@ def run(
         folder = Path(args.output_dir)
         if (made_by := command()) is not None:
             results["command"] = made_by
+        results |= {"base_model": shown_base(card["base_model"]), "dataset": card.get("dataset", "")}
         finish(folder, results, histories)
         if table:
             show(results)

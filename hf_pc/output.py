@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -39,11 +39,13 @@ class Output(ABC):
         shifted: logits at position i predict the label at i + 1, as in causal language models.
         keep_labels: labels stay among the model's inputs, as encoder-decoders build the decoder's input from them.
         virtual: positions that PEFT's prompt tuning puts before each sequence, which have no labels.
+        chosen: the kind of output was found from the model's class, whose own loss of numbers ignores none.
     """
 
     shifted: bool = False
     keep_labels: bool = False
     virtual: int = 0
+    chosen: bool = field(default=False, compare=False)
     #: whether exp(nats per label) is a perplexity
     has_perplexity: ClassVar[bool] = False
 
@@ -60,7 +62,8 @@ class Output(ABC):
         loss = LOSS_MAPPING.get(getattr(base, "loss_type", None) or "")
         named = loss is None and not kinds.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         causal = kinds.isdisjoint(UNSHIFTED) and (named or loss is ForCausalLMLoss)
-        if name == "auto":
+        chosen = name == "auto"
+        if chosen:
             problem = getattr(config, "problem_type", None)
             if problem is None and getattr(config, "num_labels", 2) == 1 and any("Classification" in k for k in kinds):
                 problem = "regression"
@@ -69,7 +72,8 @@ class Output(ABC):
             )
         told = getattr(model, "shifts_labels", getattr(base, "shifts_labels", None))
         shifted = causal and not encoder_decoder if told is None else bool(told)
-        return OUTPUTS[name](shifted, keep_labels=encoder_decoder, virtual=virtual_tokens(model) if shifted else 0)
+        virtual = virtual_tokens(model) if shifted else 0
+        return OUTPUTS[name](shifted, keep_labels=encoder_decoder, virtual=virtual, chosen=chosen)
 
     def split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
         """The model's inputs and the labels, aligned with the logits.
@@ -179,6 +183,12 @@ class _DenseOutput(Output):
     """One number per feature: labels have the shape of the logits, and each of them counts as one."""
 
     def convert(self, labels: Tensor) -> Tensor:
+        if self.chosen and bool(labels.eq(IGNORED).any()):
+            kind = OUTPUTS.name_of(type(self))
+            raise ValueError(
+                f"a label is {IGNORED}, which is ignored here and is none to the model's own loss: if it is to be "
+                f"ignored say PCConfig.output={kind!r}, if not shift or scale the labels"
+            )
         return labels.float() if not labels.is_floating_point() else labels
 
     def energy(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from hf_pc.architecture import text_tower
 from hf_pc.compilation import check_compilable
 from hf_pc.config import NodeSpec, PCConfig
 from hf_pc.energies import ENERGIES
@@ -29,7 +30,13 @@ def _inside(name: str, outer: str) -> bool:
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The transformer blocks of a model by name, in the order of its modules; empty if it has none."""
+    """The transformer blocks of a model by name, in the order of its modules; empty if it has none.
+
+    Of a model that puts images or sounds into its text (`text_tower`) those that see its text.
+    """
+    tower = text_tower(model)
+    if tower is not None:
+        return {f"{tower}.{name}": block for name, block in blocks(model.get_submodule(tower)).items()}
     marked: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer) and not any(_inside(name, outer) for outer in marked):
@@ -48,7 +55,7 @@ def _longest_list(model: nn.Module, least: int) -> dict[str, nn.Module]:
 
 
 def _linear_like(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "base_layer")  # the latter: a PEFT layer
+    return isinstance(getattr(module, "base_layer", module), (nn.Linear, Conv1D))  # itself, or what PEFT put into it
 
 
 #: maps of relative positions (DeBERTa, the Conformers): they see no sequence, and so have no state
@@ -118,7 +125,13 @@ def _matches(pattern: str, name: str) -> bool:
 def _by_pattern(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     names = dict(model.named_modules())
     found = {name: module for name, module in names.items() if name and _matches(pattern, name)}
+    tower = text_tower(model)
     for name, module in found.items():
+        if tower is not None and name != tower and not _inside(name, tower):
+            raise ValueError(
+                f"nodes={pattern!r} matches {name!r}, and of {type(model).__name__} only what is in {tower!r} can be "
+                "a node: a batch has as many images or sounds as it has, whichever sequences they are of"
+            )
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             raise ValueError(
                 f"nodes={pattern!r} matches {name!r}, a {type(module).__name__}, which is never called: choose what "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sized
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import TrainingArguments
+from transformers.utils import find_labels
 
-from hf_pc.architecture import layer_drop
+from hf_pc.architecture import base_model, layer_drop
 from hf_pc.config import PCConfig
 from hf_pc.processes import at_once, process_count, process_index, same_everywhere
 
@@ -34,7 +35,7 @@ def refuse(args: TrainingArguments, config: PCConfig, model: nn.Module | None) -
             "`accelerate launch` or torchrun, or show one GPU with CUDA_VISIBLE_DEVICES=0"
         )
     _refuse_weight_update(args, config)
-    _refuse_reentrant(args, config)
+    _refuse_reentrant(args, config, model)
     _refuse_compilation(args)
     mixed = args.bf16 or args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
     if config.relaxation_dtype is not None and mixed:
@@ -82,13 +83,25 @@ def _refuse_weight_update(args: TrainingArguments, config: PCConfig) -> None:
         raise ValueError(f"curvature_steps={curvature} cannot be had with weight_update='every_sweep'")
 
 
-def _refuse_reentrant(args: TrainingArguments, config: PCConfig) -> None:
+def _refuse_reentrant(args: TrainingArguments, config: PCConfig, model: nn.Module | None) -> None:
     given: Any = args.gradient_checkpointing_kwargs
-    if args.gradient_checkpointing and given and given.get("use_reentrant", True) and config.sweeps > 1:
+    if not args.gradient_checkpointing:
+        given = next((kept for module in _modules(model) if (kept := _checkpointing_of(module))), None)
+    if given and given.get("use_reentrant", True) and config.sweeps > 1:
         raise ValueError(
             f"gradient_checkpointing_kwargs={given} is not supported: such checkpointing finds no gradient of states; "
             "use {'use_reentrant': False}"
         )
+
+
+def _modules(model: nn.Module | None) -> Iterable[nn.Module]:
+    return () if model is None else model.modules()
+
+
+def _checkpointing_of(module: nn.Module) -> Any:
+    """The settings of a module whose activation checkpointing is switched on."""
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    return getattr(function, "keywords", None) if getattr(module, "gradient_checkpointing", False) else None
 
 
 def _refuse_compilation(args: TrainingArguments) -> None:
@@ -163,6 +176,16 @@ def check_processes(args: TrainingArguments, config: PCConfig, train_dataset: An
         raise ValueError(
             f"accelerator_config.even_batches=False leaves {count} processes with unequal numbers of batches of "
             f"{rows} rows, and one would wait for ever; use True, or dataloader_drop_last=True"
+        )
+
+
+def check_targets(model: nn.Module) -> None:
+    """Raise ValueError where a class of transformers learns from other inputs than `labels`."""
+    names = find_labels(type(base_model(model)))
+    if names and "labels" not in names:
+        raise ValueError(
+            f"{type(base_model(model)).__name__} learns from {', '.join(names)}; what is learned here is the output "
+            "energy of `labels`, and no other target is supported"
         )
 
 

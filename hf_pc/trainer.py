@@ -30,7 +30,7 @@ from hf_pc.model import PCModel
 from hf_pc.placement import resolve
 from hf_pc.processes import gathered, is_sharded, naming_the_lost, reducing
 from hf_pc.pushing import PushMixin
-from hf_pc.refusals import check_first_batch, check_learnable, check_processes, refuse
+from hf_pc.refusals import check_first_batch, check_learnable, check_processes, check_targets, refuse
 from hf_pc.token_loss import BackpropSeq2SeqTrainer, BackpropTrainer, TokenLossMixin
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,7 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
     def _check(self, model: Any, args: TrainingArguments | None, kwargs: Mapping[str, Any]) -> None:
         super()._check(model, args, kwargs)
         if model is not None:
+            check_targets(model)
             resolve(model, self.pc_config)  # complain now; hooks are attached when training starts
             if args is not None:
                 check_learnable(model)

@@ -185,6 +185,7 @@ def test_the_command_writes_notes(tmp_path: Path) -> None:
     assert main(["card", str(tmp_path), "--dataset_id", "org/text", "--notes", "<b>Mine</b>"]) == 0
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "&#60;b&#62;Mine" in text
+    assert "from scratch" not in text  # which nothing tells of this run
     assert "- org/text" in text
 
 

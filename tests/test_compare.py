@@ -12,6 +12,7 @@ from rich.console import Console
 from test_invariants import make
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from hf_pc import PCConfig
 from hf_pc.cli import main
@@ -54,6 +55,9 @@ def test_compare_from_scratch_and_from_weights(
     assert found["pc_perplexity"] == pytest.approx(found["bp_perplexity"], rel=1e-4)
     assert Path(found["figure"]).read_bytes().startswith(b"\x89PNG")
     assert "It was trained from scratch" in (out / "README.md").read_text(encoding="utf-8")
+    assert main(["card", str(out), "--overwrite"]) == 0
+    assert "It was trained from scratch. Data: text.txt." in (out / "README.md").read_text(encoding="utf-8")
+    capsys.readouterr()
     AutoModelForCausalLM.from_pretrained(found["checkpoint"])
     assert main(["compare", *asked]) == 2
     assert "holds something already" in capsys.readouterr().err
@@ -64,8 +68,16 @@ def test_compare_from_scratch_and_from_weights(
     assert "relaxed_fraction" in shown
     assert "learning.png" in shown
     assert "It started from out." in (tmp_path / "next" / "README.md").read_text(encoding="utf-8")
+    assert main(["card", str(tmp_path / "next"), "--overwrite"]) == 0
+    assert "It started from out. Data: text.txt." in (tmp_path / "next" / "README.md").read_text(encoding="utf-8")
     drawn = ["--solver", "langevin", "--precision", "5", "--output_dir", str(tmp_path / "drawn")]
-    assert main(["compare", str(out), *short, *drawn]) == 0
+    capsys.readouterr()
+    logging.set_verbosity_error()  # with which transformers prints logs instead of bars
+    try:
+        assert main(["compare", str(out), *short, *drawn, "--json"]) == 0
+    finally:
+        logging.set_verbosity_warning()
+    assert json.loads(capsys.readouterr().out)["regime"]
     assert PCConfig.from_pretrained(tmp_path / "drawn").precision == 5
 
 

@@ -53,6 +53,16 @@ def test_wrong_labels_are_named(name: str, labels: torch.Tensor, message: str) -
         output.total({"logits": torch.zeros(1, 2, 4)}, output.split({"labels": labels})[1])
 
 
+def test_a_number_that_a_class_would_not_ignore_is_named() -> None:
+    """A regression's own loss takes -100 for a number: only where the output is named is it ignored."""
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertForSequenceClassification(BertConfig(**tiny, vocab_size=8, num_labels=1))
+    inputs = {"labels": torch.tensor([1.0, -100.0])}
+    with pytest.raises(ValueError, match=r"a label is -100, .* say PCConfig.output='gaussian', if not shift or scale"):
+        Output.of(model).split(inputs)
+    assert Output.of(model, "gaussian").split(inputs)[1].tolist() == [1.0, -100.0]
+
+
 def test_the_output_follows_the_model() -> None:
     """ "auto" is what the model's own loss does: shifted for a causal model, by problem_type for a classifier."""
     tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

@@ -11,8 +11,9 @@ import torch
 from accelerate.utils import DistributedType
 from test_invariants import make
 from test_trainer import RELAXING, trainer
+from transformers import BertConfig, BertForQuestionAnswering
 
-from hf_pc import PCConfig, PCTrainingArguments
+from hf_pc import PCConfig, PCTrainer, PCTrainingArguments
 from hf_pc.refusals import check_first_batch, refuse
 
 
@@ -76,6 +77,28 @@ def test_a_model_that_was_split_when_loaded(tmp_path: Path) -> None:
     model.config.distributed_config = SimpleNamespace(tp_size=2)
     with pytest.raises(ValueError, match=r"distributed_config\.tp_size=2 is not supported: tensor parallelism"):
         trainer(tmp_path / "none", model=model)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_model_that_checkpoints_reentrantly(tmp_path: Path) -> None:
+    """What was switched on at the model is refused as what the arguments ask for; the other way trains."""
+    for reentrant in (True, False):
+        model = make("gpt2")
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            with pytest.raises(ValueError, match=r"gradient_checkpointing_kwargs=.*True.* is not supported"):
+                trainer(tmp_path / "none", model=model)
+        else:
+            trainer(tmp_path / "some", model=model, max_steps=1).train()
+    assert not (tmp_path / "none").exists()
+
+
+def test_classes_that_learn_from_other_targets(tmp_path: Path) -> None:
+    """Spans of an answer are no labels: that is said before anything is made."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertForQuestionAnswering(BertConfig(vocab_size=8, **sizes))
+    with pytest.raises(ValueError, match="BertForQuestionAnswering learns from start_positions, end_positions; what"):
+        PCTrainer(model=model, args=PCTrainingArguments(str(tmp_path / "none"), use_cpu=True))
     assert not (tmp_path / "none").exists()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +79,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     options = {"train_dataset": data["train"], "eval_dataset": data["validation"],
                "data_collator": default_data_collator}  # fmt: skip
     card = {"base_model": None if scratch else args.model, "dataset": Path(args.train_file).name}
-    figures, _ = train_both(
-        model, _training(args), config, options, compare_bp=True, card=card, processing_class=tokenizer, table=False
-    )
+    with redirect_stdout(sys.stderr):  # where transformers prints a log, if it shows no bars
+        figures, _ = train_both(model, _training(args), config, options, compare_bp=True, card=card,
+                                processing_class=tokenizer, table=False)  # fmt: skip
     return figures | {"figure": str(args.output_dir / "learning.png"), "checkpoint": str(args.output_dir)}
 
 

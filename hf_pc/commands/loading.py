@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_pc.refusals import check_targets
+
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, any_class: bool = True) -> None:
     parser.add_argument("model", help="a folder or a Hub repository")
@@ -53,7 +55,11 @@ def smallest_input(model: Any) -> dict[str, Tensor]:
 
 
 def random_input(model: Any, batch: int, sequence: int) -> dict[str, Tensor]:
-    """Random tokens [batch, sequence], or images, from a generator of its own."""
+    """Random tokens [batch, sequence], images or sounds, from a generator of its own.
+
+    Raises:
+        ValueError: the model takes something else.
+    """
     config, device = model.config, model.device
     generator = torch.Generator().manual_seed(0)
     if model.main_input_name == "pixel_values":
@@ -61,16 +67,46 @@ def random_input(model: Any, batch: int, sequence: int) -> dict[str, Tensor]:
         sides = [size, size] if isinstance(size, int) else list(size)
         pixels = torch.randn(batch, getattr(config, "num_channels", 3), *sides, generator=generator)
         return {"pixel_values": pixels.to(device)}
-    vocabulary = config.get_text_config().vocab_size
-    ids = torch.randint(0, vocabulary, (batch, sequence), generator=generator).to(device)
-    return {"input_ids": ids} | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
+    sounds = _sounds(config, model.main_input_name, sequence)
+    if model.main_input_name != "input_ids" and sounds is None:
+        raise ValueError(f"{type(model).__name__} takes {model.main_input_name!r}: this command knows none to try")
+    inputs: dict[str, Tensor] = {}
+    if sounds is not None:
+        inputs[model.main_input_name] = torch.randn(batch, *sounds, generator=generator).to(device)
+    if sounds is None or config.is_encoder_decoder:
+        choices = (2,) if "MultipleChoice" in type(model).__name__ else ()
+        vocabulary = config.get_text_config().vocab_size
+        ids = torch.randint(0, vocabulary, (batch, *choices, sequence), generator=generator).to(device)
+        inputs |= {"input_ids": ids} if sounds is None else {}
+        inputs |= {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
+    return inputs
+
+
+def _sounds(config: Any, name: str, sequence: int) -> list[int] | None:
+    """The shape of one input of a model of sounds: a waveform, or a spectrogram of the length that it takes."""
+    if name == "input_features" and hasattr(config, "max_source_positions"):
+        return [config.num_mel_bins, 2 * config.max_source_positions]
+    if name == "input_values" and hasattr(config, "conv_stride"):
+        length = sequence
+        for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+            length = (length - 1) * stride + kernel
+        return [length]
+    if name == "input_values" and hasattr(config, "num_mel_bins"):
+        return [config.max_length, config.num_mel_bins]
+    return None
 
 
 def random_batch(model: Any, batch: int, sequence: int) -> dict[str, Tensor]:
     """`random_input` with labels of the kind that the model's own loss takes."""
+    check_targets(model)
     inputs = random_input(model, batch, sequence)
-    inputs.pop("decoder_input_ids", None)
-    if "Classification" in type(model).__name__ and "Token" not in type(model).__name__:
+    decoded = inputs.pop("decoder_input_ids", None)
+    kind = type(model).__name__
+    if "MultipleChoice" in kind:
+        return inputs | {"labels": torch.arange(batch, device=model.device) % 2}
+    if "TokenClassification" in kind:
+        return inputs | {"labels": inputs["input_ids"] % model.config.num_labels}
+    if "Classification" in kind:
         classes = model.config.num_labels
         labels = torch.arange(batch) % classes
         if model.config.problem_type == "multi_label_classification":
@@ -78,6 +114,7 @@ def random_batch(model: Any, batch: int, sequence: int) -> dict[str, Tensor]:
         elif classes == 1 or model.config.problem_type == "regression":
             labels = labels.float() if classes == 1 else torch.zeros(batch, classes)
         return inputs | {"labels": labels.to(model.device)}
-    if "input_ids" not in inputs:
-        raise ValueError(f"{type(model).__name__}: this command knows no labels for it")
-    return inputs | {"labels": inputs["input_ids"].clone()}
+    labels = inputs.get("input_ids", decoded)
+    if labels is None:
+        raise ValueError(f"{kind}: this command knows no labels for it")
+    return inputs | {"labels": labels.clone()}

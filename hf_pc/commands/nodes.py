@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hf_pc.energies import ENERGIES
 from hf_pc.node import Node
 from hf_pc.placement import resolve
 
+logger = logging.getLogger(__name__)
 HELP = "list the nodes that a preset puts on a model"
 EXAMPLE = "hf-pc nodes runs/clm --nodes linear --relative_std 0.2"
 STRENGTHS = ("precision", "relative_std", "relaxed_fraction")
@@ -56,6 +58,8 @@ def _shapes(model: Any, nodes: Sequence[Node], attention: AttentionNodes | None)
     try:
         with torch.no_grad():
             model.eval()(**smallest_input(model))
+    except ValueError as error:  # names need no inputs
+        logger.warning("no shapes: %s", error)
     finally:
         for handle in handles:
             handle.remove()

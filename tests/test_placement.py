@@ -1,0 +1,78 @@
+"""Which modules become nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LNTuningConfig, get_peft_model
+from test_invariants import gradients, make, worst
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, set_seed
+
+from hf_pc import PCConfig, PCModel
+from hf_pc.placement import resolve
+
+IMAGE = 2  # the token that stands for a patch; an image has four
+
+
+def llava() -> Any:
+    set_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                             "intermediate_size": 48, "initializer_range": 0.3}  # fmt: skip
+    vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=16)
+    text = LlamaConfig(**sizes, vocab_size=64, num_key_value_heads=1, max_position_embeddings=64)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, image_token_id=IMAGE)
+    config.vision_feature_layer = -1
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def story(images: list[int]) -> dict[str, torch.Tensor]:
+    """As many sequences of 18 tokens, each with so many images in front."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(6, 64, (len(images), 18), generator=generator)
+    for row, count in zip(ids, images, strict=True):
+        row[: 4 * count] = IMAGE
+    pixels = torch.randn(sum(images), 3, 16, 16, generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels,
+            "labels": ids.masked_fill(ids == IMAGE, -100)}  # fmt: skip
+
+
+@pytest.mark.parametrize("images", [[2, 1, 0], [1, 0, 0], [2, 2, 2]])
+def test_images_are_nobodys_sequence(images: list[int]) -> None:
+    """However many images a batch has, no sequence feels the labels of another; one sweep is backprop in the tower of
+    images too."""
+    model, inputs = llava(), story(images)
+    other = {name: value.clone() for name, value in inputs.items()}
+    other["labels"][0, 8:] = (other["labels"][0, 8:] + 1) % 58 + 6
+    pc = PCModel(model, PCConfig(relative_std=3.0, sweeps=6))
+    found, changed = pc.relax(**inputs), pc.relax(**other)
+    assert [name.rpartition(".")[0] for name in found.errors] == ["model.language_model.layers"] * 2
+    for name, error in found.errors.items():
+        assert not torch.equal(error[0], changed.errors[name][0])
+        torch.testing.assert_close(error[1:], changed.errors[name][1:], rtol=1e-4, atol=1e-4)
+    pc.detach()
+    PCModel(model, PCConfig(sweeps=1, precision=1.0, step_size=1.0)).accumulate_grad(**inputs)
+    learned = gradients(model)
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    assert any("vision" in name for name in learned)
+    assert worst(learned, gradients(model)) < 1e-4
+
+
+@pytest.mark.parametrize("nodes", ["block", "sublayer", "linear"])
+def test_presets_stay_with_the_text(nodes: str) -> None:
+    """No preset puts a node where images are seen, and a pattern that does is named."""
+    model = llava()
+    assert all(node.name.startswith("model.language_model.") for node in resolve(model, PCConfig(nodes=nodes)))
+    with pytest.raises(ValueError, match=r"matches 'model.vision_tower.*' can be a node: a batch has as many images"):
+        resolve(model, PCConfig(nodes=r"model\.vision_tower\..*layers\.\d"))
+
+
+@pytest.mark.parametrize("nodes", ["sublayer", "linear"])
+def test_norms_that_an_adapter_wraps_are_no_linear_maps(nodes: str) -> None:
+    """Tuning the norms by PEFT leaves the nodes of a preset where they were."""
+    model = make("llama")
+    before = len(resolve(model, PCConfig(nodes=nodes)))
+    tuned = get_peft_model(model, LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm"]))
+    assert len(resolve(tuned, PCConfig(nodes=nodes))) == before
