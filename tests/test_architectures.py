@@ -12,7 +12,7 @@ def test_architecture(name: str) -> None:
     found = facts(name)
     assert found.blocks >= 1
     assert found.presets == ("block", "sublayer", "linear")
-    assert found.difference < 1e-6
+    assert found.difference < 1e-10
     assert not found.rises
     assert found.row(name) in PAGE.read_text(encoding="utf-8")
 

@@ -16,7 +16,7 @@ import run_clm_pc
 SMALL = "n_layer=2,n_embd=16,n_head=2,n_positions=32"
 KEYS = {
     "pc_eval_loss", "pc_perplexity", "bp_eval_loss", "bp_perplexity", "relaxed_fraction", "residual", "regime",
-    "pc_step_seconds", "bp_step_seconds", "step_time_ratio", "energies",
+    "pc_step_seconds", "bp_step_seconds", "step_time_ratio", "energies", "base_model", "dataset",
 }  # fmt: skip
 
 
