@@ -156,6 +156,7 @@ TABLES: dict[str, dict[str, Column]] = {
         **REGIME,
     },
     "half_limited": {
+        "limit": lambda line: format(line["settings"]["bias_limit"], "g"),
         "seed": field("seed"),
         "perplexity": field("test_perplexity", ".3f"),
         "relaxed_fraction": field("relaxed_fraction", ".3f"),
@@ -259,6 +260,7 @@ TABLES: dict[str, dict[str, Column]] = {
         "vocabulary": field("vocab"),
         "T": field("sweeps"),
         "speed": with_quartiles("speedup"),
+        "one process, s": field("single_seconds", ".2f"),
         "processors give": lambda line: format(line["machine_speedup"], ".2f") if "machine_speedup" in line else "",
         "memory": each("memory_ratio", ".2f"),
         "waiting": each("idle_share", ".0%"),

@@ -298,23 +298,24 @@ def compare(
     for name in methods:
         rate, losses, found = tuned(partial(run, name), lambda trained: trained[2], args)
         perplexities, regimes = [], []
+        config = methods[name]
+        settings = {"settings": changed(config)} if config else {}
         for seed, (model, facts, validation) in enumerate(found, args.first_seed):
             curves.setdefault(name, []).append(facts.pop("losses"))
             regimes.append(facts)
             perplexities.append(math.exp(min(700.0, loss_of(model, text.test, args.sequence))))
             line = {
                 "method": name, "seed": seed, "learning_rate": rate, "test_perplexity": perplexities[-1],
-                "validation_loss": validation, **facts, **setting,
+                "validation_loss": validation, **facts, **settings, **setting,
             }  # fmt: skip
             print(json.dumps(line), flush=True)
-        config = methods[name]
         baseline = perplexities if config is None else baseline
         lines.append({
             "method": name, "mean": statistics.fmean(perplexities),
             "over_backprop": gap([*map(math.log, perplexities)], [*map(math.log, baseline)]) if baseline else None,
             "spread": statistics.stdev(perplexities) if args.seeds > 1 else None, **_mean(regimes),
             "validation_loss_by_rate": {f"{r:g}": round(loss, 4) for r, loss in losses.items()},
-            **({"settings": changed(config)} if config else {}),
+            **settings,
             "step_time_ratio": step_ratio(model, config, text, args, pairs) if config else 1.0, **setting,
         })  # fmt: skip
         print(json.dumps(lines[-1]), flush=True)

@@ -58,7 +58,6 @@ class Neighbours(Share):
         self.device = device
         self.index, self.count = process_index(), process_count()
         self.top = self.index == self.count - 1
-        self.bottom = self.index == 0
         self.timeline = Timeline()
         self.sent = 0
         self._sending: dict[int, tuple[dist.Work | None, Tensor]] = {}

@@ -4,7 +4,8 @@ Given the states, every block's prediction, error and gradients are its own affa
 A process holds the weights, states, gradients and optimiser state of its blocks; in each sweep it sends the state of
 its last block to the process above and the signal that its first block sends down to the process below, nothing else.
 It computes its second block first, so that the neighbours' messages pass meanwhile. There is no backward pass over
-processes, hence no pipeline bubble; only the feedforward pass that a step starts from goes through them in turn.
+processes, hence no pipeline bubble; only the feedforward pass that a step starts from goes through them in turn, and
+processes that the first signal has not come down to yet have nothing to do.
 
 Two designs were weighed. Cutting the model into `nn.Sequential` parts, as pipeline libraries do, needs a cut for every
 architecture. Instead each process keeps the transformers model with the others' weights given up (`stage.py`), and

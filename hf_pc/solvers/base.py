@@ -25,8 +25,12 @@ class Solver(ABC):
         config: `sweeps`, `step_size`, `anderson_depth`, `tolerance` and `state_optimizer` are the solver's to follow.
     """
 
-    #: whether `state_optimizer` is followed, weights may move at every sweep, a step may have several phases
-    takes_optimizer = moves_weights = takes_phases = False
+    #: whether `state_optimizer` is followed
+    takes_optimizer = False
+    #: whether weights may move at every sweep
+    moves_weights = False
+    #: whether a step may have several phases
+    takes_phases = False
     #: whether more than one move of step "auto" may be remembered
     accelerates = False
     #: whether errors are drawn, by `Relaxation.generator`

@@ -205,13 +205,13 @@ class _Descending(_Mover):
     """Never lets a sequence's free energy rise."""
 
     def __init__(self, relaxation: Relaxation, tolerance: float, depth: int) -> None:
-        self.relaxation = relaxation
+        super().__init__(relaxation, FIRST_RATE)
         self.tolerance = tolerance
         self.depth = depth
         self.descent: Descent | None = None
 
     def move(self, gradients: list[Tensor]) -> None:
-        self.descent = self.descent or Descent(self.relaxation, self.tolerance, self.depth, FIRST_RATE)
+        self.descent = self.descent or Descent(self.relaxation, self.tolerance, self.depth, self.step)
         self.descent.move(self.descent.judge(), gradients)
 
     def settle(self) -> None:
