@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from hf_pc.architecture import base_model
+from hf_pc.architecture import base_model, text_tower
 from hf_pc.energies import ENERGIES, LogitEnergy, wide
 from hf_pc.node import Node
 
@@ -56,7 +56,8 @@ class AttentionNodes:
         self._names = {module: name for name, module in self.model.named_modules()}
         self._before = [(config, config._attn_implementation) for config in _configs(base)]
         base.set_attn_implementation(IMPLEMENTATION)
-        for module in self._names:
+        tower = text_tower(self.model)
+        for module in (self.model if tower is None else self.model.get_submodule(tower)).modules():
             _OWNERS[module] = self
 
     def detach(self) -> None:

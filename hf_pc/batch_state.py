@@ -26,6 +26,12 @@ class RunningStatistics:
             norm.track_running_stats = not held
 
 
+NO_CHECKPOINTING = (
+    "PCConfig.dropout='off' does without training mode, in which alone transformers checkpoints activations: use "
+    "'replay', and set the probabilities of dropout to 0"
+)
+
+
 def drop_nothing(model: nn.Module) -> None:
     """Put a model into evaluation mode, but for BatchNorms that train."""
     training = [module for module in model.modules() if module.training and isinstance(module, _BatchNorm)]

@@ -73,7 +73,8 @@ def write_card(
     adapter = (folder / "adapter_config.json").is_file()
     tokenizer = (folder / "tokenizer_config.json").is_file()
     settings = json.dumps(config.to_dict(), indent=2, sort_keys=True)
-    data = _metadata(results, name, metric, base_model, one_line(dataset), dataset_id, auto_class, adapter)
+    published = base_model if results.get("base_on_hub", True) else None
+    data = _metadata(results, name, metric, published, one_line(dataset), dataset_id, auto_class, adapter)
     template = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
     text = template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         card_data=data.to_yaml(), name=escape(name), base=escape(shown_base(base_model) or ""),
@@ -96,7 +97,7 @@ def _metadata(
 ) -> ModelCardData:  # fmt: skip
     task = TASKS.get(auto_class)
     given: dict[str, Any] = {}
-    dataset_id = dataset_id if _is_repository(dataset_id) else None
+    dataset_id = dataset_id if is_repository(dataset_id) else None
     if metric and task and math.isfinite(float(results[f"pc_{metric}"])):
         given["eval_results"] = [
             EvalResult(
@@ -108,12 +109,12 @@ def _metadata(
         given |= {"metrics": [metric], "model_name": name}
     return ModelCardData(
         library_name="peft" if adapter else "transformers", tags=list(TAGS), pipeline_tag=task,
-        base_model=base_model if _is_repository(base_model) else None,
+        base_model=base_model if is_repository(base_model) else None,
         datasets=[dataset_id] if dataset_id else None, **given,
     )  # fmt: skip
 
 
-def _is_repository(name: str | None) -> bool:
+def is_repository(name: str | None) -> bool:
     """Whether the Hub would take it for a repository; a folder of this machine means nothing there."""
     if not name:
         return False
@@ -128,7 +129,7 @@ def shown_base(base_model: str | None) -> str | None:
     """A checkpoint's name as it may be published: its repository, or of a folder the last part."""
     if not base_model:
         return base_model
-    return (base_model if _is_repository(base_model) else Path(base_model).name) or "a checkpoint"
+    return (base_model if is_repository(base_model) else Path(base_model).name) or "a checkpoint"
 
 
 def _figures(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import ProgressCallback, TrainerCallback
 
-from hf_pc.cards import ROWS, shown_base, write_card
+from hf_pc.cards import ROWS, is_repository, shown_base, write_card
 from hf_pc.diagnostics.plots import plot_run
 from hf_pc.hub import push_run
 from hf_pc.measurements import regime
@@ -163,6 +163,7 @@ def run(
         if (made_by := command()) is not None:
             results["command"] = made_by
         results |= {"base_model": shown_base(card["base_model"]), "dataset": card.get("dataset", "")}
+        results["base_on_hub"] = is_repository(card["base_model"])
         finish(folder, results, histories)
         if table:
             show(results)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_pc.architecture import auxiliary_loss, evaluating, is_checkpointing, layer_drop, routes
 from hf_pc.attention import AttentionNodes
-from hf_pc.batch_state import RunningStatistics, copied, drop_nothing
+from hf_pc.batch_state import NO_CHECKPOINTING, RunningStatistics, copied, drop_nothing
 from hf_pc.compilation import compile_forwards
 from hf_pc.config import PCConfig
 from hf_pc.learning import PLAIN, Phase, phases_of
@@ -333,6 +333,8 @@ class PCModel(SavingMixin):
             raise RuntimeError("free_energy_gradients belongs inside `with pc.relaxed(inputs)`")
         batch, labels = self._split(inputs, self.relaxation.phase)
         self.relaxation.begin(RELAX)
+        for site in self.relaxation.sites:
+            site.reached = True  # whoever asks may have moved any of them
         with self._frozen():
             return self.solver.gradients(self.relaxation, self._pass(self.model, batch, labels)[1])
 
@@ -381,11 +383,8 @@ class PCModel(SavingMixin):
         if self.config.dropout == "replay":
             yield
             return
-        if is_checkpointing(self.model):
-            raise ValueError(
-                "PCConfig.dropout='off' does without training mode, in which alone transformers checkpoints "
-                "activations: use 'replay', and set the probabilities of dropout to 0"
-            )
+        if self.model.training and is_checkpointing(self.model):
+            raise ValueError(NO_CHECKPOINTING)
         with evaluating(self.model, drop_nothing):
             yield
 
@@ -484,7 +483,7 @@ class PCModel(SavingMixin):
         if phase.mirrored and phase.last:
             self.steering.count_rows(relaxation.batch)
         if not phase.first:
-            counted = EVERY_PHASE if not phase.at_rest else ("sweeps", "bias")
+            counted = EVERY_PHASE if not phase.at_rest else ("sweeps", "bias", "nonfinite")
             sums = {name: sums[name] for name in counted if name in sums}
         self.steering.observe(sums)
         return sums

@@ -106,7 +106,7 @@ def _linear(model: nn.Module) -> dict[str, nn.Module]:
     inside: dict[str, nn.Module] = {}
     for name, block in blocks(model).items():
         inside.update(_linears(block, name))
-    for name, head in model.named_children():
+    for name, head in model.named_children() if text_tower(model) is None else ():
         if any(_inside(path, name) for path in inside) or _linear_like(head):
             continue
         inside.update(list(_linears(head, name))[:-1])

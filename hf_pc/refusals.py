@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.utils import find_labels
 
-from hf_pc.architecture import base_model, layer_drop
+from hf_pc.architecture import base_model, is_checkpointing, layer_drop
+from hf_pc.batch_state import NO_CHECKPOINTING
 from hf_pc.config import PCConfig
 from hf_pc.processes import at_once, process_count, process_index, same_everywhere
 
+#: what question answering learns from
+SPANS = ("start_positions", "end_positions")
 #: settings of TrainingArguments that all processes must share, or one of them waits for passes that never come
 SHARED = (
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
@@ -36,6 +39,9 @@ def refuse(args: TrainingArguments, config: PCConfig, model: nn.Module | None) -
         )
     _refuse_weight_update(args, config)
     _refuse_reentrant(args, config, model)
+    checkpoints = args.gradient_checkpointing or (model is not None and is_checkpointing(model))
+    if config.dropout == "off" and checkpoints:
+        raise ValueError(NO_CHECKPOINTING)
     _refuse_compilation(args)
     mixed = args.bf16 or args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
     if config.relaxation_dtype is not None and mixed:
@@ -181,7 +187,7 @@ def check_processes(args: TrainingArguments, config: PCConfig, train_dataset: An
 
 def check_targets(model: nn.Module) -> None:
     """Raise ValueError where a class of transformers learns from other inputs than `labels`."""
-    names = find_labels(type(base_model(model)))
+    names = [name for name in find_labels(type(base_model(model))) if name in SPANS or name.endswith("labels")]
     if names and "labels" not in names:
         raise ValueError(
             f"{type(base_model(model)).__name__} learns from {', '.join(names)}; what is learned here is the output "

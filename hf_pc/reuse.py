@@ -9,7 +9,7 @@ would run it again (activation checkpointing), and where a weight or a buffer wa
 
 Where states cut the graph, a signal comes down one node a sweep. Nodes that none has reached yet see what they saw at
 rest and predict the states that they have, so that relaxing sweeps leave them out: of all runs in the first L sweeps
-over L nodes half.
+over a chain of L nodes half. (Nodes inside blocks are reached at once, by way of the residual stream.)
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_pc.architecture import is_checkpointing
 from hf_pc.node import RELAX, Node
 from hf_pc.relaxation import Relaxation
 from hf_pc.rng import RandomState
@@ -45,11 +46,13 @@ class FirstPrediction:
         self._module = guess
         self._kept: tuple[Any, RandomState] | None = None
         self._versions: list[int] = []  # of the model's tensors when it was kept
-        self._ran = self._mistaken = self._runs_again = False
+        self._ran = self._mistaken = False
+        self._runs_again = is_checkpointing(model)
 
     def forget(self) -> None:
         """Begin a step."""
         self._kept, self._mistaken = None, False
+        self._runs_again |= is_checkpointing(self._model)  # which may be switched on at any time
 
     def begin_pass(self) -> None:
         self._ran = False
@@ -112,9 +115,10 @@ class FirstPrediction:
             if not first or self._mistaken:
                 return compute(*args, **kwargs)
             if self._kept is None:
-                seen, self._runs_again = self._runs_again, _checkpointed()
-                if self._runs_again and not seen and computed is not None:
-                    raise RunsAgain
+                if _checkpointed() and not self._runs_again:
+                    self._runs_again = True
+                    if computed is not None:
+                        raise RunsAgain
                 output = compute(*args, **kwargs)
                 if computed is not None:
                     computed()

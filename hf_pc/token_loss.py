@@ -79,6 +79,10 @@ class TokenLossMixin(_TrainerPart):
                 "cross-entropy of the labels; use 0"
             )
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._without_labels, self._warned_of_no_labels = 0, False
+        return super().train(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
         self._compare(model, inputs)
         loss: Tensor = super().training_step(model, inputs, *rest)
@@ -129,7 +133,8 @@ class TokenLossMixin(_TrainerPart):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`; says once in a run that steps had nothing to learn from."""
-        if "loss" in logs and not self._warned_of_no_labels and self._without_labels:
+        told = "loss" in logs or "train_loss" in logs
+        if told and not self._warned_of_no_labels and self._without_labels:
             self._warned_of_no_labels = True
             logger.warning(
                 "step %d: since the last log there were steps in which every label is ignored (%d): no gradient comes "

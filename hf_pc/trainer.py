@@ -34,7 +34,6 @@ from hf_pc.refusals import check_first_batch, check_learnable, check_processes, 
 from hf_pc.token_loss import BackpropSeq2SeqTrainer, BackpropTrainer, TokenLossMixin
 
 logger = logging.getLogger(__name__)
-#: lambda_max, in precisions, over which a relaxation is running away
 #: signal_bias over which phases that should cancel in each sequence no longer do
 RUNAWAY_BIAS = 0.2
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 from rich.console import Console
 from test_invariants import make
 from tokenizers import ByteLevelBPETokenizer
@@ -70,6 +71,7 @@ def test_compare_from_scratch_and_from_weights(
     assert "It started from out." in (tmp_path / "next" / "README.md").read_text(encoding="utf-8")
     assert main(["card", str(tmp_path / "next"), "--overwrite"]) == 0
     assert "It started from out. Data: text.txt." in (tmp_path / "next" / "README.md").read_text(encoding="utf-8")
+    assert "base_model" not in ModelCard.load(tmp_path / "next" / "README.md").data.to_dict()  # it is a folder's name
     drawn = ["--solver", "langevin", "--precision", "5", "--output_dir", str(tmp_path / "drawn")]
     capsys.readouterr()
     logging.set_verbosity_error()  # with which transformers prints logs instead of bars

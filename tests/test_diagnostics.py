@@ -33,6 +33,16 @@ def test_curvature_is_the_largest_eigenvalue(residual: bool, precision: float) -
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("sweeps", [1, 2])
+def test_the_curvature_where_no_signal_has_come_down(sweeps: int) -> None:
+    """Of states that hardly move it is the same in every sweep, those that the first sweeps leave out counted too."""
+    found = []
+    for given in (sweeps, 10):
+        config = PCConfig(solver="state", sweeps=given, step_size=1e-6, relative_std=0.5)
+        found.append(largest_curvature(PCModel(make("gpt2").double(), config), batch(), iterations=4))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_a_probe_changes_nothing() -> None:
     """Neither probe leaves a gradient, moves a weight or disturbs what relaxes next."""
     model, inputs = make("gpt2"), batch()

@@ -8,7 +8,18 @@ import pytest
 import torch
 from peft import LNTuningConfig, get_peft_model
 from test_invariants import gradients, make, worst
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, set_seed
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    OPTConfig,
+    set_seed,
+)
 
 from hf_pc import PCConfig, PCModel
 from hf_pc.placement import resolve
@@ -60,11 +71,33 @@ def test_images_are_nobodys_sequence(images: list[int]) -> None:
     assert worst(learned, gradients(model)) < 1e-4
 
 
+def blip() -> Any:
+    """Whose towers are children of the model."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                             "intermediate_size": 48}  # fmt: skip
+    text = OPTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=48, word_embed_proj_dim=32,
+                     vocab_size=64)  # fmt: skip
+    vision = Blip2VisionConfig(**sizes, image_size=16, patch_size=8)
+    former = Blip2QFormerConfig(**sizes, encoder_hidden_size=32)
+    config = Blip2Config(vision_config=vision, qformer_config=former, text_config=text)
+    config.image_token_index = config.image_token_id = IMAGE
+    return Blip2ForConditionalGeneration(config)
+
+
+def test_attention_is_that_of_the_text() -> None:
+    """Logits of attention among patches are no nodes."""
+    pc = PCModel(llava(), PCConfig(attention_energy="categorical", relative_std=0.5))
+    assert all(name.startswith("model.language_model.") for name in pc.relax(**story([2, 1, 0])).errors)
+
+
+@pytest.mark.parametrize("build", [llava, blip])
 @pytest.mark.parametrize("nodes", ["block", "sublayer", "linear"])
-def test_presets_stay_with_the_text(nodes: str) -> None:
+def test_presets_stay_with_the_text(nodes: str, build: Any) -> None:
     """No preset puts a node where images are seen, and a pattern that does is named."""
+    names = [node.name for node in resolve(build(), PCConfig(nodes=nodes))]
+    assert names
+    assert all("language_model." in name for name in names)
     model = llava()
-    assert all(node.name.startswith("model.language_model.") for node in resolve(model, PCConfig(nodes=nodes)))
     with pytest.raises(ValueError, match=r"matches 'model.vision_tower.*' can be a node: a batch has as many images"):
         resolve(model, PCConfig(nodes=r"model\.vision_tower\..*layers\.\d"))
 

@@ -11,10 +11,11 @@ import torch
 from accelerate.utils import DistributedType
 from test_invariants import make
 from test_trainer import RELAXING, trainer
+from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering
 
 from hf_pc import PCConfig, PCTrainer, PCTrainingArguments
-from hf_pc.refusals import check_first_batch, refuse
+from hf_pc.refusals import check_first_batch, check_targets, refuse
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,19 @@ def test_classes_that_learn_from_other_targets(tmp_path: Path) -> None:
     model = BertForQuestionAnswering(BertConfig(vocab_size=8, **sizes))
     with pytest.raises(ValueError, match="BertForQuestionAnswering learns from start_positions, end_positions; what"):
         PCTrainer(model=model, args=PCTrainingArguments(str(tmp_path / "none"), use_cpu=True))
+    assert not (tmp_path / "none").exists()
+
+    class Masked(nn.Module):
+        def forward(self, x: torch.Tensor, label_mask: torch.Tensor) -> torch.Tensor:
+            return x * label_mask
+
+    check_targets(Masked())  # a mask is no target
+
+
+def test_no_dropout_and_checkpointing(tmp_path: Path) -> None:
+    """transformers checkpoints in training mode alone: said before anything is made."""
+    with pytest.raises(ValueError, match=r"dropout='off' does without training mode"):
+        trainer(tmp_path / "none", PCConfig(dropout="off"), gradient_checkpointing=True)
     assert not (tmp_path / "none").exists()
 
 

@@ -147,8 +147,9 @@ def test_what_no_signal_has_reached_need_not_run(
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("piecewise", [False, True])
 @pytest.mark.parametrize("solver", ["state", "lagrangian"])
-def test_blocks_run_from_the_sweep_that_the_signal_comes_in(solver: str, checkpointing: bool) -> None:
+def test_blocks_run_from_the_sweep_that_the_signal_comes_in(solver: str, piecewise: bool, checkpointing: bool) -> None:
     """Of three blocks, in six sweeps: all at rest and to learn; the top one in the four between, the next in three.
     The first is kept, but with activation checkpointing, whose inputs require a gradient: in two."""
     model = make("gpt2").train()
@@ -161,7 +162,9 @@ def test_blocks_run_from_the_sweep_that_the_signal_comes_in(solver: str, checkpo
         block.mlp.register_forward_hook(lambda *given, _i=index: count(_i))
     if checkpointing:
         model.gradient_checkpointing_enable()
-    PCModel(model, PCConfig(solver=solver, sweeps=6, relative_std=0.5)).accumulate_grad(**batch())
+    pc = PCModel(model, PCConfig(solver=solver, sweeps=6, relative_std=0.5, step_size=0.3))
+    pc.solver.piecewise = piecewise  # type: ignore[attr-defined]
+    pc.accumulate_grad(**batch())
     assert calls == [4 if checkpointing else 2, 5, 6]
 
 

@@ -17,6 +17,7 @@ SMALL = "n_layer=2,n_embd=16,n_head=2,n_positions=32"
 KEYS = {
     "pc_eval_loss", "pc_perplexity", "bp_eval_loss", "bp_perplexity", "relaxed_fraction", "residual", "regime",
     "pc_step_seconds", "bp_step_seconds", "step_time_ratio", "energies", "base_model", "dataset",
+    "base_on_hub",
 }  # fmt: skip
 
 

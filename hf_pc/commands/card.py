@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = PCConfig.from_pretrained(args.run)
     if (args.run / "README.md").exists() and not args.overwrite:
         raise ValueError(f"{args.run / 'README.md'} is there already: give --overwrite to replace it")
+    if args.base_model:
+        results.pop("base_on_hub", None)  # of what the run noted
     try:
         path = write_card(
             args.run, config, results, model_name=args.run.resolve().name,

@@ -41,18 +41,22 @@ class StateFunction(torch.autograd.Function):
         ctx: Any, mu: Tensor, state: Tensor, site: Site, relaxation: Relaxation, solver: StateSolver
     ) -> Tensor:
         ctx.site, ctx.relaxation, ctx.solver, ctx.dtype = site, relaxation, solver, mu.dtype
+        ctx.set_materialize_grads(False)  # a state that no signal comes to is told by that
         return state.to(mu.dtype, copy=True)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, g: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         site, relaxation = ctx.site, ctx.relaxation
+        gradient = None if g is None else wide(g)
         if not (ctx.needs_input_grad[0] and ctx.solver.sends(relaxation, site)):
-            return None, wide(g), None, None, None
+            return None, gradient, None, None, None
         down = ctx.solver.signal(site)
         scale = relaxation.scale_of(site)
         if isinstance(scale, Tensor):
             down = down * scale
-        return down.to(ctx.dtype), wide(g), None, None, None
+        return down.to(ctx.dtype), gradient, None, None, None
 
 
 @register_solver("state")
