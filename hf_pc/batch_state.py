@@ -13,6 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+NO_CHECKPOINTING = (
+    "PCConfig.dropout='off' does without training mode, in which alone transformers checkpoints activations: use "
+    "'replay', and set the probabilities of dropout to 0"
+)
+
 
 class RunningStatistics:
     """Those of a model's BatchNorms, which may be held as they are."""
@@ -24,12 +29,6 @@ class RunningStatistics:
         """Whether passes in training mode leave them alone; they normalise by the batch all the same."""
         for norm in self._norms:
             norm.track_running_stats = not held
-
-
-NO_CHECKPOINTING = (
-    "PCConfig.dropout='off' does without training mode, in which alone transformers checkpoints activations: use "
-    "'replay', and set the probabilities of dropout to 0"
-)
 
 
 def drop_nothing(model: nn.Module) -> None:

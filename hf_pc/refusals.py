@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Mapping, Sized
 from typing import Any
 
 from torch import Tensor, nn
@@ -90,9 +90,7 @@ def _refuse_weight_update(args: TrainingArguments, config: PCConfig) -> None:
 
 
 def _refuse_reentrant(args: TrainingArguments, config: PCConfig, model: nn.Module | None) -> None:
-    given: Any = args.gradient_checkpointing_kwargs
-    if not args.gradient_checkpointing:
-        given = next((kept for module in _modules(model) if (kept := _checkpointing_of(module))), None)
+    given: Any = args.gradient_checkpointing_kwargs if args.gradient_checkpointing else _checkpointing_of(model)
     if given and given.get("use_reentrant", True) and config.sweeps > 1:
         raise ValueError(
             f"gradient_checkpointing_kwargs={given} is not supported: such checkpointing finds no gradient of states; "
@@ -100,14 +98,13 @@ def _refuse_reentrant(args: TrainingArguments, config: PCConfig, model: nn.Modul
         )
 
 
-def _modules(model: nn.Module | None) -> Iterable[nn.Module]:
-    return () if model is None else model.modules()
-
-
-def _checkpointing_of(module: nn.Module) -> Any:
-    """The settings of a module whose activation checkpointing is switched on."""
-    function = getattr(module, "_gradient_checkpointing_func", None)
-    return getattr(function, "keywords", None) if getattr(module, "gradient_checkpointing", False) else None
+def _checkpointing_of(model: nn.Module | None) -> Any:
+    """The settings of the activation checkpointing that is switched on at a model; None if there are none."""
+    for module in () if model is None else model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and (given := getattr(function, "keywords", None)):
+            return given
+    return None
 
 
 def _refuse_compilation(args: TrainingArguments) -> None:

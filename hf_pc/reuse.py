@@ -46,13 +46,11 @@ class FirstPrediction:
         self._module = guess
         self._kept: tuple[Any, RandomState] | None = None
         self._versions: list[int] = []  # of the model's tensors when it was kept
-        self._ran = self._mistaken = False
-        self._runs_again = is_checkpointing(model)
+        self._ran = self._mistaken = self._runs_again = False
 
     def forget(self) -> None:
         """Begin a step."""
         self._kept, self._mistaken = None, False
-        self._runs_again |= is_checkpointing(self._model)  # which may be switched on at any time
 
     def begin_pass(self) -> None:
         self._ran = False
@@ -62,7 +60,10 @@ class FirstPrediction:
         module = self._module
         # a hook on its gradient would be called by the learning pass with what the first sweep has found
         hooked = module is not None and (module._backward_hooks or module._backward_pre_hooks)
-        return module is not None and _replaceable(module) and not hooked and not self._runs_again
+        if module is None or not _replaceable(module) or hooked:
+            return False
+        self._runs_again = self._runs_again or is_checkpointing(self._model)  # which may be switched on at any time
+        return not self._runs_again
 
     def serves_learning(self) -> bool:
         """Whether what is kept may stand in for the module in a learning pass: nothing else of it is learned from."""
