@@ -26,7 +26,7 @@ def on_cpu(scalars: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in scalars.items():
         by_device.setdefault(value.device, []).append(name)
     for names in by_device.values():
-        values = torch.stack([scalars[name].detach() for name in names]).cpu()
+        values = torch.stack([scalars[name] for name in names]).detach().cpu()
         # each by itself: a view is sent to other processes with all that it is a view of
         found |= {name: value.clone() for name, value in zip(names, values, strict=True)}
     return {name: found[name] for name in scalars}
@@ -43,27 +43,31 @@ def add_sums(total: dict[str, Tensor], new: Mapping[str, Tensor]) -> None:
         total[name] = total[name] + value if name in total else value
 
 
-def _ratio(numerator: Tensor, denominator: Tensor) -> float:
-    return float(numerator / denominator) if float(denominator) else 0.0
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else 0.0
 
 
-def relaxed_fraction(sums: Mapping[str, Tensor]) -> float:
+def _root_ratio(sums: Mapping[str, Tensor | float], above: str, below: str) -> float:
+    return _ratio(math.sqrt(sums[above]), math.sqrt(sums[below]))
+
+
+def relaxed_fraction(sums: Mapping[str, Tensor | float]) -> float:
     """|g_out(relaxed) - g_out(feedforward)| / |g_out(feedforward)|, g_out the signal that reaches the last node."""
-    return _ratio(sums["change"].sqrt(), sums["reference"].sqrt())
+    return _root_ratio(sums, "change", "reference")
 
 
-def signal_bias(sums: Mapping[str, Tensor]) -> float:
+def signal_bias(sums: Mapping[str, Tensor | float]) -> float:
     """|what the last node's module learned from - g_out(feedforward)| / |g_out(feedforward)|, over all phases of a
     rule of learning; nan where nothing was learned."""
-    return _ratio(sums["bias"].sqrt(), sums["reference"].sqrt()) if "bias" in sums else math.nan
+    return _root_ratio(sums, "bias", "reference") if "bias" in sums else math.nan
 
 
-def summary(sums: Mapping[str, Tensor]) -> dict[str, Any]:
+def summary(measured: Mapping[str, Tensor]) -> dict[str, Any]:
     """Means of summed measurements: energies in nats per label token, the rest without units."""
+    sums = {name: float(value) for name, value in measured.items()}
     labels = [name.removeprefix("error_square/") for name in sums if name.startswith("error_square/")]
     displacement = {
-        label: _ratio(sums[f"error_square/{label}"].sqrt(), sums[f"prediction_square/{label}"].sqrt())
-        for label in labels
+        label: _root_ratio(sums, f"error_square/{label}", f"prediction_square/{label}") for label in labels
     }
     return {
         "free_energy": _ratio(sums["free_energy"], sums["tokens"]),

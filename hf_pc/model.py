@@ -74,6 +74,7 @@ class PCModel(SavingMixin):
         self._numpy = draws_from_numpy(model)
         self._own_labels: Tensor | None = None
         self._random: RandomState | None = None
+        self._parameters: list[nn.Parameter] = []  # of the model, as a step found them; to list them takes long
         self._confirm: Callable[[], bool] | None = None
         self._defers = self._sharded = self._counts = False
         self._keep_states = False
@@ -146,7 +147,7 @@ class PCModel(SavingMixin):
             raise ValueError(f"none of the nodes ran in a pass over {type(self.model).__name__}: {names}")
         draws = any(phase.own_labels for phase in self.phases) and not self.relaxation.phase.own_labels
         if draws and self.relaxation.at_rest:
-            with undrawn(p.device for p in self.model.parameters()):
+            with undrawn(p.device for p in self._parameters):
                 assert self.relaxation.seed is not None
                 torch.manual_seed(self.relaxation.seed)
                 self._own_labels = self.output.draw(outputs["logits"].detach(), labels)
@@ -179,6 +180,7 @@ class PCModel(SavingMixin):
         if phase.first:
             self._before = None
             self._first_prediction.forget()
+            self._parameters = list(self.model.parameters())
         batch, labels = self._split(inputs, phase)
         routed = routes(self.model, batch)  # a router's losses are gathered inside the blocks
         forward = self.model if weight_step is None or forward is None else forward
@@ -194,7 +196,7 @@ class PCModel(SavingMixin):
             later = not phase.last and all(other.warm for other in self.phases[1:])
             self._defers = later and not routed
             if phase.first:  # the phases of a step see the same dropout masks
-                self._dropout_state = RandomState((p.device for p in self.model.parameters()), self._numpy)
+                self._dropout_state = RandomState((p.device for p in self._parameters), self._numpy)
             self._random = self._dropout_state
             with self._dropout():
                 with ExitStack() as relaxing:
@@ -249,10 +251,10 @@ class PCModel(SavingMixin):
         if not self.output.keep_labels:  # the mask of an encoder is none of its decoder
             relaxation.note_padding(batch.get("attention_mask"))
         if together:
-            device = next(self.model.parameters()).device
+            device = self._parameters[0].device
             relaxation.agree = lambda holds: everywhere(holds, device)
         relaxation.lower = self._lower
-        relaxation.weights = [p for p in self.model.parameters() if p.requires_grad]
+        relaxation.weights = [p for p in self._parameters if p.requires_grad]
         if phase.first and (self.solver.draws or any(other.own_labels for other in self.phases)):
             # before the generator is noted: what is restored in every pass would give every step the same draw
             relaxation.seed = int(torch.randint(2**62, ())) + process_index()
@@ -361,7 +363,7 @@ class PCModel(SavingMixin):
     @contextmanager
     def _frozen(self) -> Iterator[None]:
         # a gathered parameter keeps what its shard required when it was first gathered; autograd.grad leaves it alone
-        trained = [] if self._sharded else [p for p in self.model.parameters() if p.requires_grad]
+        trained = [] if self._sharded else [p for p in self._parameters if p.requires_grad]
         try:
             for parameter in trained:
                 parameter.requires_grad_(False)
@@ -374,7 +376,7 @@ class PCModel(SavingMixin):
     def _lowered(self) -> Iterator[None]:
         with ExitStack() as inside:
             if self._lower is not None:
-                for device in {p.device.type for p in self.model.parameters()}:
+                for device in {p.device.type for p in self._parameters}:
                     inside.enter_context(torch.autocast(device, self._lower))
             yield
 

@@ -136,11 +136,11 @@ class Site:
 
     A module that runs several times in one pass (shared layers) has as many sites. `leaf` is what the solver moves,
     the error or the state; `error` is x - mu at the last pass, `prediction` mu where the energy needs it. Sums are per
-    sequence, [batch], float64: `energy` in nats, `prediction_square` sum of squares; `gradient_square` and
-    `signal_square` are |dF/dx|^2 and |g|^2 in units of the energy's curvature.
+    sequence, [batch], float64: `energy` in nats; `gradient_square` and `signal_square` are |dF/dx|^2 and |g|^2 in
+    units of the energy's curvature. `prediction_norm` is the root of a sum of squares, in `wide` precision.
     """
 
-    def __init__(self, node: Node, label: str, mu: Tensor, strength: Strength) -> None:
+    def __init__(self, node: Node, label: str, mu: Tensor, strength: Strength, batch: int) -> None:
         self.node = node
         self.label = label
         self.shape = mu.shape
@@ -163,7 +163,8 @@ class Site:
         self.precision = strength.of(node, label, mu)
         self.energy: Tensor
         self.rest_energy: Tensor  # the energy of no error, such as the logarithm of a learned sigma
-        self.prediction_square: Tensor
+        self.none = torch.zeros(batch, dtype=torch.float64, device=mu.device)  # what is measured of nothing
+        self.prediction_norm: Tensor
         self.size: int | Tensor  # how many numbers that is the sum over
         self.gradient_square: Tensor
         self.signal_square: Tensor
@@ -191,10 +192,10 @@ class Site:
         precision = self.precision.squeeze(-1) if self.precision.dim() else self.precision
         return (values * precision).reshape(len(values), batch, -1).sum(2, dtype=torch.float64)
 
-    def squares(self, values: Tensor, batch: int) -> Tensor:
-        """Sums of squares over all but the batch, [batch], float64."""
+    def norm(self, values: Tensor, batch: int) -> Tensor:
+        """The root of the sum of squares over all but the batch, [batch]; no copy in `wide` precision is made."""
         norms: Tensor = torch.linalg.vector_norm(values.reshape(batch, -1), dim=1, dtype=wide_dtype(values))
-        return norms.double().square()
+        return norms
 
 
 class LossScale(torch.autograd.Function):

@@ -200,19 +200,18 @@ class Relaxation:
         if self.states is not None:
             self.states[site.label] = state.detach()
         if self.at_rest:
-            site.prediction_square = site.squares(
-                self.without_padding(site, node.energy.activity(mu.detach())), self.batch
-            )
+            activity = self.without_padding(site, node.energy.activity(mu.detach()))
+            site.prediction_norm = site.norm(activity, self.batch)
             present = self._present_at(site)
             site.size = mu.numel() if present is None else present.expand(mu.shape).sum()
         if self.at_rest and node.energy.zero_at_rest:
-            site.energy = torch.zeros(self.batch, dtype=torch.float64, device=mu.device)
+            site.energy = site.none
         else:
             energy = node.energy.energy(site.error.detach(), site.prediction, site.precision)
             site.energy = site.per_sequence(energy, self.batch)
         if self.at_rest:
             site.rest_energy = site.energy
-        site.signal_square = site.gradient_square = torch.zeros_like(site.energy)
+        site.signal_square = site.gradient_square = site.none
         return state
 
     @property
@@ -238,7 +237,7 @@ class Relaxation:
                     f"multiple of the batch size {self.batch}: only modules that keep sequences apart can be nodes"
                 )
             label = f"{node.name}#{visit}" if visit else node.name
-            sites.append(Site(node, label, mu, self._strength))
+            sites.append(Site(node, label, mu, self._strength, self.batch))
             self.sites.append(sites[-1])
         if not sites or visit >= len(sites) > 1:
             raise RuntimeError(
@@ -336,9 +335,10 @@ class Relaxation:
             )
         assert self.output_energy is not None
         device = self.output_energy.device
-        squares = [torch.stack([s.gradient_square, s.signal_square]).to(device) for s in self.sites]
+        pairs = [square for site in self.sites for square in (site.gradient_square, site.signal_square)]
         none = torch.zeros(2, self.batch, dtype=torch.float64, device=device)
-        gradient, signal = self.share.sum(torch.stack(squares).sum(0) if squares else none).unbind()
+        squares = torch.stack([square.to(device) for square in pairs]).view(-1, *none.shape).sum(0) if pairs else none
+        gradient, signal = self.share.sum(squares).unbind()
         return gradient, signal
 
     def residual(self) -> Tensor:
@@ -351,7 +351,7 @@ class Relaxation:
 
     def first_nonfinite(self) -> str | None:
         """The first node, in the order of the forward pass, whose prediction or energy is not finite."""
-        for name in ("prediction_square", "energy"):  # errors spread what is wrong with a prediction to all nodes
+        for name in ("prediction_norm", "energy"):  # errors spread what is wrong with a prediction to all nodes
             for site in self.sites:
                 if not bool(getattr(site, name).isfinite().all()):
                     return site.label
@@ -385,11 +385,18 @@ class Relaxation:
         }
         if self.mode == LEARN and self.phase.last:  # what is learned is known once all phases are
             sums["bias"] = self.top_signal.bias()
-        for site in self.sites:
-            sums[f"energy/{site.label}"] = site.energy.sum()
-            sums[f"error_square/{site.label}"] = site.squares(site.error.detach(), self.batch).sum()
-            sums[f"prediction_square/{site.label}"] = site.prediction_square.sum()
-            sums[f"size/{site.label}"] = scalar(site.size)
+        if self.sites:
+            device = self.output_energy.device
+            together: Callable[[list[Tensor]], Tensor] = lambda found: torch.stack([v.to(device) for v in found])  # noqa: E731
+            energies = together([site.energy for site in self.sites]).sum(1)
+            errors = [site.norm(site.error.detach(), self.batch) for site in self.sites]
+            norms = together(errors + [site.prediction_norm for site in self.sites])
+            squares = norms.double().square().sum(1).view(2, -1)
+            for site, energy, error, prediction in zip(self.sites, energies, *squares, strict=True):
+                sums[f"energy/{site.label}"] = energy
+                sums[f"error_square/{site.label}"] = error
+                sums[f"prediction_square/{site.label}"] = prediction
+                sums[f"size/{site.label}"] = scalar(site.size)
         return self.share.merge(on_cpu(sums))
 
 

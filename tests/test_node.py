@@ -20,7 +20,7 @@ def node(energy: str = "gaussian", **settings: Any) -> Node:
 
 
 def site(mu: Tensor = MU, **settings: Any) -> Site:
-    return Site(node(**settings), "n", mu, Strength(2.0, 1.0, {}))
+    return Site(node(**settings), "n", mu, Strength(2.0, 1.0, {}), batch=6)
 
 
 @pytest.mark.parametrize("own", [None, 7.0])
@@ -50,8 +50,9 @@ def test_sums_and_columns_keep_sequences_apart(batch: int) -> None:
     values = large.double().numpy().reshape(batch, -1)
     sums = site().per_sequence(large, batch)
     np.testing.assert_allclose(sums.numpy(), values.sum(1), rtol=1e-12)
-    np.testing.assert_allclose(site().squares(large, batch).numpy(), (values**2).sum(1), rtol=1e-6)
-    assert sums.dtype == site().squares(large.bfloat16(), batch).dtype == torch.float64
+    np.testing.assert_allclose(site().norm(large, batch).numpy(), (values**2).sum(1) ** 0.5, rtol=1e-6)
+    assert sums.dtype == torch.float64
+    assert site().norm(large.bfloat16(), batch).dtype == torch.float32
     column = site().column(sums)
     assert column.shape == (6, 1, 1)
     assert column.dtype == torch.float32

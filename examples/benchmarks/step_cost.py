@@ -60,19 +60,22 @@ def parse() -> argparse.Namespace:
 
 def build(args: argparse.Namespace, device: torch.device) -> tuple[Any, dict[str, torch.Tensor]]:
     set_seed(args.seed)
+    model: Any
     heads, ends = max(1, args.hidden // 64), {"bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
     if args.model == "gpt2":
         config = GPT2Config(
             vocab_size=args.vocab, n_positions=args.sequence, n_embd=args.hidden, n_layer=args.layers, n_head=heads,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ends,
         )  # fmt: skip
-        model: Any = GPT2LMHeadModel(config)
+        with device:  # a billion weights are drawn there sooner
+            model = GPT2LMHeadModel(config)
     else:
         config = LlamaConfig(
             vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=-(-args.hidden * 8 // 3 // 64) * 64,
             num_hidden_layers=args.layers, num_attention_heads=heads, max_position_embeddings=args.sequence, **ends,
         )  # fmt: skip
-        model = LlamaForCausalLM(config)
+        with device:
+            model = LlamaForCausalLM(config)
     ids = torch.randint(0, args.vocab, (args.batch, args.sequence), device=device)
     return model.to(device).train(), {"input_ids": ids, "labels": ids}
 
