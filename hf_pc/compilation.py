@@ -1,6 +1,7 @@
-"""`torch.compile` of what lies between nodes.
+"""`torch.compile` of what lies between nodes, and of the output energy behind the last.
 
 A hook cannot be compiled, so not the model is compiled but the forward of each node's module, whose hook runs outside.
+Compiled, a softmax over a vocabulary is one operation, and leaves no copy of the logits in float32.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from hf_pc.node import Node
+from hf_pc.output import Output
 
 
 def check_compilable(nodes: list[Node]) -> None:
@@ -30,35 +32,44 @@ def check_compilable(nodes: list[Node]) -> None:
             )
 
 
-class CompiledForward:
-    """Takes the place of a module's forward: compiled while a batch relaxes or is learned, as it was otherwise.
+class Compiled:
+    """Takes the place of a method: compiled while a batch relaxes or is learned, as it was otherwise.
 
-    Evaluation and generation would only add graphs, of which torch allows few. A copy of the module gets a forward of
-    its own, not compiled.
+    Evaluation and generation would only add graphs, of which torch allows few.
     """
 
-    def __init__(self, module: nn.Module, active: Callable[[], bool]) -> None:
-        self.module = weakref.ref(module)
-        self.plain = module.forward
-        self.compiled = torch.compile(module.forward)
+    def __init__(self, plain: Callable[..., Any], active: Callable[[], bool]) -> None:
+        self.plain = plain
+        self.compiled = torch.compile(plain)
         self.active = active
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return (self.compiled if self.active() else self.plain)(*args, **kwargs)
+
+
+class CompiledForward(Compiled):
+    """That of a module. A copy of the module gets a forward of its own, not compiled."""
+
+    def __init__(self, module: nn.Module, active: Callable[[], bool]) -> None:
+        self.module = weakref.ref(module)
+        super().__init__(module.forward, active)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo[id(self.module())]
         return MethodType(type(copied).forward, copied)
 
 
-def compile_forwards(nodes: list[Node], active: Callable[[], bool]) -> Callable[[], None]:
-    """Compile the forward of every node's module, to be used while `active()`; returns what undoes it."""
+def compile_between(nodes: list[Node], output: Output, active: Callable[[], bool]) -> Callable[[], None]:
+    """Compile the forward of every node's module and the output energy, to be used while `active()`; returns what
+    undoes it."""
+    output.energy = Compiled(output.energy, active)  # type: ignore[method-assign]
     before: dict[nn.Module, object] = {}
     for node in nodes:
         before[node.module] = node.module.__dict__.get("forward")
         node.module.forward = CompiledForward(node.module, active)  # type: ignore[method-assign]
 
     def undo() -> None:
+        output.__dict__.pop("energy", None)
         for module, own in before.items():
             if own is None:
                 del module.forward

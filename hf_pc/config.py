@@ -117,7 +117,8 @@ class PCConfig:
             BatchNorm is in evaluation mode, in which transformers checkpoints no activations).
         relaxation_dtype: "bfloat16" or "float16": sweeps between the first and the last run under `torch.autocast` in
             it (solvers "error" and "langevin", weights in float32; errors stay in float32). None relaxes as it learns.
-        compile: `torch.compile` the forward of each node's module; not with attention logits or nodes inside nodes.
+        compile: `torch.compile` the forward of each node's module and the output energy; not with attention logits or
+            nodes inside nodes.
 
     Raises:
         ValueError: an unknown name, an impossible combination or a value out of range; the message names the
@@ -172,7 +173,7 @@ class PCConfig:
     relaxation_dtype: str | None = field(
         default=None, metadata={"help": "bfloat16 or float16, of sweeps between the first and the last."}
     )
-    compile: bool = field(default=False, metadata={"help": "Compile the forward of each node's module."})
+    compile: bool = field(default=False, metadata={"help": "Compile each node's module and the output energy."})
 
     def __post_init__(self) -> None:
         from hf_pc.combinations import check as check_combinations

@@ -19,14 +19,26 @@ def test_compiled_blocks_learn_the_same(solver: str) -> None:
         model = make("gpt2").double()
         pc = PCModel(model, PCConfig(sweeps=3, relative_std=0.3, solver=solver, compile=compiled))
         assert ("forward" in vars(pc.nodes[0].module)) == compiled
+        assert ("energy" in vars(pc.output)) == compiled
         for _ in range(2):
             report = pc.accumulate_grad(**batch())
             pc.steer()
         found.append((gradients(model), report.residual))
         pc.detach()
         assert "forward" not in vars(pc.nodes[0].module)
+        assert "energy" not in vars(pc.output)
     assert worst(found[1][0], found[0][0]) < 1e-9
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-6)
+
+
+def test_labels_are_checked_before_the_compiled_energy() -> None:
+    """What is wrong with labels is the same error as without, and the next batch learns."""
+    pc = PCModel(make("gpt2"), PCConfig(compile=True))
+    given = batch()
+    with pytest.raises(ValueError, match="label 1000000 is out of range"):
+        pc.accumulate_grad(**given | {"labels": torch.full_like(given["labels"], 1_000_000)})
+    assert pc.accumulate_grad(**given).free_energy > 0
+    pc.detach()
 
 
 def test_what_cannot_be_compiled_is_named() -> None:

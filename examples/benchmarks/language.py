@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_pc import PCConfig, PCModel, RelaxationOutput
-from hf_pc.compilation import compile_forwards
+from hf_pc.compilation import compile_between
 from hf_pc.measurements import regime
 from hf_pc.output import Output
 from hf_pc.placement import resolve
@@ -119,9 +119,9 @@ def moved(model: GPT2LMHeadModel, optimizer: Optimizer) -> None:
 
 
 def gradient(
-    model: GPT2LMHeadModel, pc: PCModel | None, batch: Batch, optimizer: Optimizer
+    model: GPT2LMHeadModel, pc: PCModel | None, batch: Batch, optimizer: Optimizer, output: Output
 ) -> tuple[RelaxationOutput | None, float]:
-    """Fill every weight's `.grad` by PC or by backprop; PC's report, and the loss of a plain forward pass.
+    """Fill every weight's `.grad` by PC or by backprop on `output`; PC's report, and the loss of a plain forward pass.
 
     Incremental PC moves the weights before that, in each relaxing sweep.
     """
@@ -135,7 +135,6 @@ def gradient(
         found = pc.accumulate_grad(**batch, weight_step=step if pc.config.weight_update == "every_sweep" else None)
         pc.steer()
         return found, found.feedforward_energy
-    output = Output.of(model)
     inputs, labels = output.split(batch)
     loss = output.energy(model(**inputs).logits, labels).sum() / output.count(labels)
     loss.backward()
@@ -143,11 +142,13 @@ def gradient(
 
 
 @contextmanager
-def compiled(model: GPT2LMHeadModel, wanted: bool) -> Iterator[None]:
-    """Inside, training runs the blocks as `torch.compile` makes them, as `PCConfig(compile=True)` does for PC."""
-    undo = compile_forwards(resolve(model, PCConfig()), lambda: model.training) if wanted else lambda: None
+def compiled(model: GPT2LMHeadModel, wanted: bool) -> Iterator[Output]:
+    """Inside, training runs the blocks as `torch.compile` makes them, as `PCConfig(compile=True)` does for PC, and the
+    output's energy."""
+    output = Output.of(model)
+    undo = compile_between(resolve(model, PCConfig()), output, lambda: model.training) if wanted else lambda: None
     try:
-        yield
+        yield output
     finally:
         undo()
 
@@ -171,9 +172,9 @@ def train(
     first: dict[str, Any] = {}
     losses: list[float] = []
     model.train()
-    with compiled(model, compiles and pc is None):
+    with compiled(model, compiles and pc is None) as output:
         for batch in tqdm(batches, total=steps, desc=title, leave=False):
-            found, loss = gradient(model, pc, batch, optimizer)
+            found, loss = gradient(model, pc, batch, optimizer, output)
             losses.append(loss)
             if found is not None:
                 first = first or {"relaxed_fraction": found.relaxed_fraction, "displacement": found.displacement}
@@ -198,9 +199,9 @@ def step_ratio(model: GPT2LMHeadModel, config: PCConfig, text: Text, args: argpa
         seconds = []
         for chosen in (config, None):
             pc = PCModel(model, chosen) if chosen else None
-            with compiled(model, config.compile and pc is None):
+            with compiled(model, config.compile and pc is None) as output:
                 began = time.perf_counter()
-                gradient(model, pc, batch, optimizer)
+                gradient(model, pc, batch, optimizer, output)
                 moved(model, optimizer)
                 if model.device.type == "cuda":
                     torch.cuda.synchronize()

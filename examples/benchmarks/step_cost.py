@@ -31,7 +31,7 @@ from options import positive
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_pc import PCConfig, PCModel
-from hf_pc.compilation import compile_forwards
+from hf_pc.compilation import compile_between
 from hf_pc.measurements import relaxed_fraction
 from hf_pc.output import Output
 from hf_pc.placement import resolve
@@ -80,8 +80,7 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[Any, dict[str
     return model.to(device).train(), {"input_ids": ids, "labels": ids}
 
 
-def backprop(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
-    output = Output.of(model)
+def backprop(model: Any, inputs: dict[str, torch.Tensor], output: Output) -> dict[str, float]:
     batch, labels = output.split(inputs)
     energy = output.energy(model(**batch).logits, labels)
     (energy.sum() / labels.ne(-100).sum()).backward()
@@ -105,14 +104,15 @@ def stepper(
         Accelerator(mixed_precision=args.mixed_precision, cpu=not torch.cuda.is_available()).prepare_model(model)
     config = PCConfig(relative_std=0.2, sweeps=sweeps, solver=args.solver, compile=compiled) if sweeps else None
     pc = PCModel(model, config) if config else None
+    output = Output.of(model)
     if compiled and not sweeps:
-        compile_forwards(resolve(model, PCConfig()), active=lambda: True)
+        compile_between(resolve(model, PCConfig()), output, active=lambda: True)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6) if args.optimizer else None
 
     def step() -> dict[str, float]:
         model.zero_grad()
-        facts = backprop(model, inputs) if pc is None else predictive_coding(pc, inputs)
+        facts = backprop(model, inputs, output) if pc is None else predictive_coding(pc, inputs)
         if optimizer is not None:
             optimizer.step()
         if torch.cuda.is_available():
