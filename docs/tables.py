@@ -284,6 +284,8 @@ TABLES: dict[str, dict[str, Column]] = {
         "waiting": each("idle_share", ".0%"),
         "MB": lambda line: ", ".join(f"{sent / 1e6:.1f}" for sent in line["bytes_per_sweep"]),
         "seconds, measured and predicted": lambda line: f"{line['seconds']:.2f}, {line['predicted_seconds']:.2f}",
+        "relaxed_fraction": field("relaxed_fraction", ".4f"),
+        "residual": field("residual", ".4f"),
     },
 }
 

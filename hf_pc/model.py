@@ -236,6 +236,11 @@ class PCModel(SavingMixin):
             raise RuntimeError("this PCModel is detached: attach() it first")
         if self.relaxation is not None:
             raise RuntimeError("this PCModel is relaxing a batch already: one batch at a time")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "errors relax by gradients, which torch.inference_mode() switches off for good: leave it out (under "
+                "torch.no_grad() they relax)"
+            )
         if self._lower is not None and any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
             raise ValueError(
                 f"relaxation_dtype={self.config.relaxation_dtype!r} is not allowed under autocast, where the learning "

@@ -143,6 +143,9 @@ def test_plain_inputs_work() -> None:
     with torch.no_grad():
         found = pc.relax(**{**inputs, "labels": inputs["labels"].int()}, return_dict=False)
     assert found.free_energy == expected
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        pc.relax(**inputs)
+    assert pc.relax(**inputs).free_energy == expected
 
 
 def test_sequences_without_labels_are_left_out_of_the_residual() -> None:

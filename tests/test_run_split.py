@@ -82,6 +82,8 @@ def test_scaling_on_two_processes(
     assert measured["bytes_per_sweep"] == [6 * state // 5, state]
     assert all(0 <= share < 1 for share in measured["idle_share"])
     assert len(measured["memory_ratio"]) == 2
+    assert 0 < measured["relaxed_fraction"] < 1
+    assert 0 < measured["residual"] < 1
     assert predicted["processes"] == 4
     assert predicted["predicted_speedup"] > 1
     assert (tmp_path / "timeline_2.png").read_bytes().startswith(b"\x89PNG")

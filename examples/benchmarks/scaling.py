@@ -95,7 +95,8 @@ def timed(args: argparse.Namespace) -> None:
     sent = split.neighbours.sent
     split.timeline.on = True
     dist.barrier()
-    step(split, inputs)
+    split.model.zero_grad()
+    report = split.accumulate_grad(**inputs)
     events: list[Any] = [None] * count
     dist.all_gather_object(events, (split.timeline.events, split.neighbours.sent - sent))
     if rank:
@@ -110,7 +111,9 @@ def timed(args: argparse.Namespace) -> None:
         "speedup_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]],
         "machine_speedup": round(statistics.median(bounds), 3),
         "split": split.split, "bytes_per_sweep": [found[1] // max(1, args.sweeps - 1) for found in events],
-        "idle_share": [round(w / (end - begin), 3) for w in waited], "timelines": timelines,
+        "idle_share": [round(w / (end - begin), 3) for w in waited],
+        "relaxed_fraction": round(report.relaxed_fraction, 5), "residual": round(report.residual, 5),
+        "timelines": timelines,
     }  # fmt: skip
     print("LINE" + json.dumps(line), flush=True)
 
