@@ -88,7 +88,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, CLMTrainingAr
         parser.set_defaults(**DEMO)
     model_args, data_args, args, pc_config = parser.parse_args_into_dataclasses(argv)
     if not args.do_train and "do_eval" not in names:  # an eval_strategy sets do_eval by itself
-        args.do_train = args.do_eval = True
+        args.do_train, args.do_eval = "do_train" not in names, True
     return model_args, data_args, args, pc_config  # type: ignore[return-value]
 
 

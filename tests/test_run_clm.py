@@ -50,6 +50,23 @@ def test_what_a_run_leaves(tmp_path: Path, text: Path) -> None:
     assert (out / "learning.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("flags", "does"),
+    [
+        ([], (True, True)),
+        (["--do_train"], (True, False)),
+        (["--do_train", "false"], (False, True)),
+        (["--do_train", "false", "--eval_strategy", "epoch"], (False, True)),
+        (["--do_train", "--eval_strategy", "epoch"], (True, True)),
+        (["--do_eval"], (False, True)),
+    ],
+)
+def test_what_a_run_does(tmp_path: Path, text: Path, flags: list[str], does: tuple[bool, bool]) -> None:
+    """Without a word on it a run trains and evaluates; one that is told not to train evaluates alone."""
+    args = run_clm_pc.parse(["--output_dir", str(tmp_path), "--train_file", str(text), "--use_cpu", *flags])[2]
+    assert (args.do_train, args.do_eval) == does
+
+
 def test_resume_and_fine_tuning(tmp_path: Path, text: Path) -> None:
     """A run resumes from its checkpoint, and a saved model is a start for the next run."""
     flags = ["--train_file", str(text), "--block_size", "32", "--no_compare_bp", "--do_train", "--save_steps", "2"]
