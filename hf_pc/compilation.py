@@ -35,7 +35,8 @@ def check_compilable(nodes: list[Node]) -> None:
 class Compiled:
     """Takes the place of a method: compiled while a batch relaxes or is learned, as it was otherwise.
 
-    Evaluation and generation would only add graphs, of which torch allows few.
+    Evaluation and generation would only add graphs, of which torch allows few. What raises while it is first traced is
+    never compiled: inputs are checked elsewhere.
     """
 
     def __init__(self, plain: Callable[..., Any], active: Callable[[], bool]) -> None:
@@ -48,7 +49,7 @@ class Compiled:
 
 
 class CompiledForward(Compiled):
-    """That of a module. A copy of the module gets a forward of its own, not compiled."""
+    """Takes the place of a module's forward. A copy of the module gets a forward of its own, not compiled."""
 
     def __init__(self, module: nn.Module, active: Callable[[], bool]) -> None:
         self.module = weakref.ref(module)
@@ -59,17 +60,17 @@ class CompiledForward(Compiled):
         return MethodType(type(copied).forward, copied)
 
 
-def compile_between(nodes: list[Node], output: Output, active: Callable[[], bool]) -> Callable[[], None]:
+def compile_parts(nodes: list[Node], output: Output, active: Callable[[], bool]) -> Callable[[], None]:
     """Compile the forward of every node's module and the output energy, to be used while `active()`; returns what
     undoes it."""
-    output.energy = Compiled(output.energy, active)  # type: ignore[method-assign]
+    vars(output)["energy"] = Compiled(output.energy, active)  # a frozen dataclass
     before: dict[nn.Module, object] = {}
     for node in nodes:
         before[node.module] = node.module.__dict__.get("forward")
         node.module.forward = CompiledForward(node.module, active)  # type: ignore[method-assign]
 
     def undo() -> None:
-        output.__dict__.pop("energy", None)
+        vars(output).pop("energy", None)
         for module, own in before.items():
             if own is None:
                 del module.forward

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hf_pc.architecture import auxiliary_loss, evaluating, is_checkpointing, layer_drop, routes
 from hf_pc.attention import AttentionNodes
 from hf_pc.batch_state import NO_CHECKPOINTING, RunningStatistics, copied, drop_nothing
-from hf_pc.compilation import compile_between
+from hf_pc.compilation import compile_parts
 from hf_pc.config import PCConfig
 from hf_pc.learning import PLAIN, Phase, phases_of
 from hf_pc.measurements import EVERY_PHASE, add_sums, summary
@@ -100,7 +100,7 @@ class PCModel(SavingMixin):
             self._attention.attach(call)
         this = weakref.ref(self)
         active: Callable[[], bool] = lambda: (alive := this()) is not None and alive.relaxation is not None  # noqa: E731
-        undo = compile_between(self._module_nodes, self.output, active) if self.config.compile else None
+        undo = compile_parts(self._module_nodes, self.output, active) if self.config.compile else None
         modules = [node.module for node in self._module_nodes]
         _ATTACHED.update(modules)
         self._detach = weakref.finalize(self, _remove, handles, modules, self._attention, undo)
@@ -219,6 +219,7 @@ class PCModel(SavingMixin):
         finally:
             self._statistics.hold(False)
             self._before = None if over else self.relaxation
+            self._parameters = [] if over else self._parameters
             self.relaxation = self._random = self._confirm = None
             if over:
                 self._first_prediction.forget()

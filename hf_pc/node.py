@@ -163,7 +163,7 @@ class Site:
         self.precision = strength.of(node, label, mu)
         self.energy: Tensor
         self.rest_energy: Tensor  # the energy of no error, such as the logarithm of a learned sigma
-        self.none = torch.zeros(batch, dtype=torch.float64, device=mu.device)  # what is measured of nothing
+        self.zeros = torch.zeros(batch, dtype=torch.float64, device=mu.device)  # shared, and so never written to
         self.prediction_norm: Tensor
         self.size: int | Tensor  # how many numbers that is the sum over
         self.gradient_square: Tensor

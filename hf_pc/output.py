@@ -125,11 +125,11 @@ class Output(ABC):
         return labels
 
     def check(self, logits: Tensor, labels: Tensor) -> None:
-        """Raise ValueError if there is a label that the logits have no place for."""
+        """Raise ValueError if labels have another shape than the logits, or one that these have no place for."""
 
     @abstractmethod
     def energy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Nats per sequence, [batch]; labels of -100 are ignored."""
+        """Nats per sequence, [batch], where `check` finds nothing; labels of -100 are ignored."""
 
     def draw(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Labels drawn from the distribution that the logits are of; -100 where `labels` are."""
@@ -159,6 +159,8 @@ class CategoricalOutput(Output):
         return labels.long()
 
     def check(self, logits: Tensor, labels: Tensor) -> None:
+        if logits.shape[:-1] != labels.shape:
+            raise _unfit(logits, labels, "one class index per row of logits")
         flat = labels.flatten()
         wrong = flat.ne(IGNORED) & ((flat < 0) | (flat >= logits.shape[-1]))
         if bool(wrong.any()):
@@ -166,11 +168,6 @@ class CategoricalOutput(Output):
 
     def energy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Nats per sequence, [batch], for logits [batch, ..., classes] and aligned labels [batch, ...]."""
-        if logits.shape[:-1] != labels.shape:
-            raise ValueError(
-                f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: "
-                "one class index per row of logits is needed"
-            )
         flat = labels.flatten().to(logits.device)
         nats = F.cross_entropy(_scores(logits).flatten(0, -2), flat, ignore_index=IGNORED, reduction="none")
         return nats.view(len(logits), -1).sum(1)
@@ -191,15 +188,14 @@ class _DenseOutput(Output):
             )
         return labels.float() if not labels.is_floating_point() else labels
 
+    def check(self, logits: Tensor, labels: Tensor) -> None:
+        if logits.shape not in (labels.shape, (*labels.shape, 1)):
+            raise _unfit(logits, labels, "one number per logit")
+
     def energy(self, logits: Tensor, labels: Tensor) -> Tensor:
         scores = _scores(logits)
         if scores.shape == (*labels.shape, 1):
             scores = scores.squeeze(-1)
-        if scores.shape != labels.shape:
-            raise ValueError(
-                f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: "
-                "one number per logit is needed"
-            )
         labels = labels.to(device=scores.device, dtype=scores.dtype)
         counted = labels.ne(IGNORED)
         return torch.where(counted, self.nats(scores, labels), 0.0).view(len(labels), -1).sum(1)
@@ -242,6 +238,12 @@ class BernoulliOutput(_DenseOutput):
 
     def sample(self, scores: Tensor) -> Tensor:
         return scores.sigmoid().bernoulli()
+
+
+def _unfit(logits: Tensor, labels: Tensor, needed: str) -> ValueError:
+    return ValueError(
+        f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: {needed} is needed"
+    )
 
 
 def _scores(logits: Tensor) -> Tensor:

@@ -205,13 +205,13 @@ class Relaxation:
             present = self._present_at(site)
             site.size = mu.numel() if present is None else present.expand(mu.shape).sum()
         if self.at_rest and node.energy.zero_at_rest:
-            site.energy = site.none
+            site.energy = site.zeros
         else:
             energy = node.energy.energy(site.error.detach(), site.prediction, site.precision)
             site.energy = site.per_sequence(energy, self.batch)
         if self.at_rest:
             site.rest_energy = site.energy
-        site.signal_square = site.gradient_square = site.none
+        site.signal_square = site.gradient_square = site.zeros
         return state
 
     @property
@@ -324,8 +324,8 @@ class Relaxation:
 
     def _with_sites(self, values: Tensor, name: str) -> Tensor:
         """Values of each sequence, [batch], and what all sites measured under this name, wherever they are."""
-        measured = [getattr(site, name).to(values.device) for site in self.sites]
-        return self.share.sum(torch.stack([values.double(), *measured]).sum(0))
+        measured = [getattr(site, name) for site in self.sites]
+        return self.share.sum(_together([values.double(), *measured], values.device).sum(0))
 
     def _squares(self) -> tuple[Tensor, Tensor]:
         """|dF/dx|^2 and |g|^2 of each sequence, over all nodes, [batch]."""
@@ -336,8 +336,10 @@ class Relaxation:
         assert self.output_energy is not None
         device = self.output_energy.device
         pairs = [square for site in self.sites for square in (site.gradient_square, site.signal_square)]
-        none = torch.zeros(2, self.batch, dtype=torch.float64, device=device)
-        squares = torch.stack([square.to(device) for square in pairs]).view(-1, *none.shape).sum(0) if pairs else none
+        squares = (
+            _together(pairs, device).view(-1, 2, self.batch).sum(0) if pairs
+            else torch.zeros(2, self.batch, dtype=torch.float64, device=device)
+        )  # fmt: skip
         gradient, signal = self.share.sum(squares).unbind()
         return gradient, signal
 
@@ -387,10 +389,9 @@ class Relaxation:
             sums["bias"] = self.top_signal.bias()
         if self.sites:
             device = self.output_energy.device
-            together: Callable[[list[Tensor]], Tensor] = lambda found: torch.stack([v.to(device) for v in found])  # noqa: E731
-            energies = together([site.energy for site in self.sites]).sum(1)
+            energies = _together([site.energy for site in self.sites], device).sum(1)
             errors = [site.norm(site.error.detach(), self.batch) for site in self.sites]
-            norms = together(errors + [site.prediction_norm for site in self.sites])
+            norms = _together(errors + [site.prediction_norm for site in self.sites], device)
             squares = norms.double().square().sum(1).view(2, -1)
             for site, energy, error, prediction in zip(self.sites, energies, *squares, strict=True):
                 sums[f"energy/{site.label}"] = energy
@@ -398,6 +399,10 @@ class Relaxation:
                 sums[f"prediction_square/{site.label}"] = prediction
                 sums[f"size/{site.label}"] = scalar(site.size)
         return self.share.merge(on_cpu(sums))
+
+
+def _together(values: list[Tensor], device: torch.device) -> Tensor:
+    return torch.stack([value.to(device) for value in values])
 
 
 def known_to_hold(flags: Tensor) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -44,13 +45,12 @@ class FirstPrediction:
         self._model = model
         self._module = guess
         self._kept: tuple[Any, RandomState] | None = None
-        self._tensors: list[Tensor] = []  # of the model, as a step found them
-        self._versions: list[int] = []  # of these when it was kept
+        self._versions: list[int] = []  # of the model's tensors when it was kept
         self._ran = self._mistaken = self._runs_again = False
 
     def forget(self) -> None:
         """Begin a step."""
-        self._kept, self._mistaken, self._tensors = None, False, []
+        self._kept, self._mistaken = None, False
 
     def begin_pass(self) -> None:
         self._ran = False
@@ -77,8 +77,8 @@ class FirstPrediction:
 
     def _written(self) -> list[int]:
         """How often each tensor of the model has been written to."""
-        self._tensors = self._tensors or [*self._model.parameters(), *self._model.buffers()]
-        return [0 if tensor.is_inference() else tensor._version for tensor in self._tensors]
+        tensors = chain(self._model.parameters(), self._model.buffers())
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
     def spend(self) -> None:
         """A learning pass has taken the graph: what is kept is the numbers alone."""

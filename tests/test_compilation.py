@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 from test_invariants import batch, gradients, make, worst
 
 from hf_pc import PCConfig, PCModel
+from hf_pc.compilation import compile_parts
+from hf_pc.output import CategoricalOutput
 
 
 @pytest.mark.parametrize("solver", ["error", "state"])
@@ -37,8 +40,30 @@ def test_labels_are_checked_before_the_compiled_energy() -> None:
     given = batch()
     with pytest.raises(ValueError, match="label 1000000 is out of range"):
         pc.accumulate_grad(**given | {"labels": torch.full_like(given["labels"], 1_000_000)})
-    assert pc.accumulate_grad(**given).free_energy > 0
+    with pytest.raises(ValueError, match="do not fit logits"):
+        pc.accumulate_grad(**given | {"labels": given["labels"][:, :4]})
+    found = pc.accumulate_grad(**given).free_energy
     pc.detach()
+    assert found == pytest.approx(PCModel(pc.model, PCConfig()).accumulate_grad(**given).free_energy, rel=1e-4)
+
+
+def test_an_output_with_fields_of_its_own_is_compiled() -> None:
+    """Outputs are frozen dataclasses; what the compiled energy replaces is back after `detach`."""
+
+    @dataclass(frozen=True)
+    class Sharper(CategoricalOutput):
+        factor: float = 2.0
+
+        def energy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return super().energy(self.factor * logits, labels)
+
+    output = Sharper(shifted=True)
+    undo = compile_parts([], output, lambda: True)
+    logits, labels = torch.randn(2, 3, 4), torch.zeros(2, 3).long()
+    found = output.energy(logits, labels)
+    undo()
+    assert "energy" not in vars(output)
+    torch.testing.assert_close(found, CategoricalOutput().energy(2 * logits, labels))
 
 
 def test_what_cannot_be_compiled_is_named() -> None:

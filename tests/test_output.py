@@ -83,11 +83,11 @@ def test_labels_that_do_not_fit() -> None:
     with pytest.raises(
         ValueError, match=r"labels of shape \(2, 2\) do not fit logits of shape \(2, 3, 4\): one class"
     ):
-        CategoricalOutput().energy(logits, torch.zeros(2, 2).long())
+        CategoricalOutput().total({"logits": logits}, torch.zeros(2, 2).long())
     with pytest.raises(
         ValueError, match=r"labels of shape \(2, 3\) do not fit logits of shape \(2, 3, 4\): one number"
     ):
-        GaussianOutput().energy(logits, torch.zeros(2, 3))
+        GaussianOutput().total({"logits": logits}, torch.zeros(2, 3))
     with pytest.raises(ValueError, match="labels that are not finite are not allowed"):
         GaussianOutput().convert(torch.tensor([torch.inf]))
     assert GaussianOutput().energy(torch.ones(2, 1), torch.zeros(2)).tolist() == [0.5, 0.5]

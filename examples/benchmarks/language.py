@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_pc import PCConfig, PCModel, RelaxationOutput
-from hf_pc.compilation import compile_between
+from hf_pc.compilation import compile_parts
 from hf_pc.measurements import regime
 from hf_pc.output import Output
 from hf_pc.placement import resolve
@@ -146,7 +146,7 @@ def compiled(model: GPT2LMHeadModel, wanted: bool) -> Iterator[Output]:
     """Inside, training runs the blocks as `torch.compile` makes them, as `PCConfig(compile=True)` does for PC, and the
     output's energy."""
     output = Output.of(model)
-    undo = compile_between(resolve(model, PCConfig()), output, lambda: model.training) if wanted else lambda: None
+    undo = compile_parts(resolve(model, PCConfig()), output, lambda: model.training) if wanted else lambda: None
     try:
         yield output
     finally:

@@ -31,7 +31,7 @@ from options import positive
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_pc import PCConfig, PCModel
-from hf_pc.compilation import compile_between
+from hf_pc.compilation import compile_parts
 from hf_pc.measurements import relaxed_fraction
 from hf_pc.output import Output
 from hf_pc.placement import resolve
@@ -106,7 +106,7 @@ def stepper(
     pc = PCModel(model, config) if config else None
     output = Output.of(model)
     if compiled and not sweeps:
-        compile_between(resolve(model, PCConfig()), output, active=lambda: True)
+        compile_parts(resolve(model, PCConfig()), output, active=lambda: True)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6) if args.optimizer else None
 
