@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import architectures
 import pytest
@@ -202,17 +203,19 @@ def test_a_module_that_may_write_to_its_arguments_runs_every_time() -> None:
         assert module.calls == calls
 
 
+class Backwards(nn.Module):
+    """Registers what runs last first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late, self.early = nn.Linear(4, 3), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+        return SequenceClassifierOutput(logits=self.late(self.early(x).tanh()))
+
+
 def test_nodes_that_fire_out_of_order() -> None:
     """Where the first node to fire is not the first of the model, what is kept is never another one's."""
-
-    class Backwards(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.late, self.early = nn.Linear(4, 3), nn.Linear(4, 4)
-
-        def forward(self, x: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
-            return SequenceClassifierOutput(logits=self.late(self.early(x).tanh()))
-
     set_seed(0)
     model = Backwards().double()
     inputs = {"x": torch.randn(5, 4, dtype=torch.float64), "labels": torch.arange(5) % 3}
@@ -324,3 +327,133 @@ def test_learning_again_inside_one_relaxation() -> None:
         for _ in range(3):
             (pc.learning_pass(batch())[0] / relaxation.tokens).backward()
             optimizer.step()
+
+
+class Pair(NamedTuple):
+    hidden: Tensor
+    other: Tensor
+
+
+@pytest.mark.parametrize(
+    ("wrap", "calls"),
+    [(lambda x: x, 1), (lambda x: (x,), 1), (lambda x: (x, None), 1), (lambda x: (x, x + 1), 1), (lambda x: [x], 3),
+     (lambda x: (x, [x]), 3), (lambda x: (x, 3), 3), (lambda x: Pair(x, x), 3), (lambda x: {"x": x}, 3)],
+    ids=["tensor", "tuple", "with None", "two", "list", "nested", "with a number", "named tuple", "dictionary"],
+)  # fmt: skip
+def test_plain_outputs_alone_are_answered_from_memory(wrap: Callable[[Tensor], Any], calls: int) -> None:
+    """A tensor, or a tuple of nothing but tensors and None; in whatever it comes, it comes as from the module."""
+
+    class Wraps(nn.Module):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Any:
+            self.calls += 1
+            return wrap(x)
+
+    module, x = Wraps(), torch.ones(1)
+    first = FirstPrediction(module, module)
+    with first.reused(RandomState([], numpy=False)):
+        for _ in range(3):
+            first.begin_pass()
+            found = module(x)
+            assert type(found) is type(wrap(x))
+            assert str(found) == str(wrap(x))
+    assert module.calls == calls
+
+
+@pytest.mark.parametrize("nodes", ["late,early", "early,late"])
+def test_nodes_that_fire_out_of_order_learn(nodes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was taken for the first node and is not leaves no output behind that another pass would learn from."""
+    found = []
+    for reuse in (True, False):
+        if not reuse:
+            monkeypatch.setattr("hf_pc.reuse._repeats", lambda *given, learns: False)
+        set_seed(0)
+        model = Backwards().double()
+        inputs = {"x": torch.randn(5, 4, dtype=torch.float64), "labels": torch.arange(5) % 3}
+        pc = PCModel(model, PCConfig(nodes=nodes, sweeps=4, precision=1.0))
+        for _ in range(2):  # the second step knows which is first
+            pc.accumulate_grad(**inputs)
+        found.append(gradients(model))
+    assert worst(*found) < 1e-12
+
+
+def test_a_buffer_of_inference_mode_learns_as_any() -> None:
+    """How often such a tensor was written to is not noted: it counts as not written to."""
+    found = []
+    for inference in (False, True):
+        model = make("gpt2")
+        with torch.inference_mode(inference):
+            model.register_buffer("extra", torch.ones(2))
+        assert model.extra.is_inference() is inference
+        PCModel(model, PCConfig(sweeps=3, relative_std=0.5)).accumulate_grad(**batch())
+        found.append(gradients(model))
+    assert worst(*found) == 0
+
+
+class Beside(nn.Module):
+    """A block that computes something else beside its state; a signal comes back from it, or none."""
+
+    def __init__(self, detached: bool) -> None:
+        super().__init__()
+        self.linear, self.detached = nn.Linear(4, 4), detached
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.linear(x)
+        return x.tanh(), (x.detach() if self.detached else x).square()
+
+
+class Gathers(nn.Module):
+    """Its output depends on what all blocks computed beside their states."""
+
+    def __init__(self, detached: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Beside(detached) for _ in range(3)])
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+        beside = torch.zeros_like(x)
+        for block in self.blocks:
+            x, other = block(x)
+            beside = beside + other
+        return SequenceClassifierOutput(logits=x + beside)
+
+
+@pytest.mark.parametrize("detached", [True, False])
+@pytest.mark.parametrize("setting", [{}, {"solver": "state"}, {"learning": "centred"}], ids=str)
+def test_what_comes_beside_a_state_is_no_state(
+    setting: dict[str, Any], detached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a block returns two tensors the second is always its own, and teaches in every phase."""
+    found = []
+    for reuse in (True, False):
+        if not reuse:
+            monkeypatch.setattr("hf_pc.reuse._repeats", lambda *given, learns: False)
+        set_seed(0)
+        model = Gathers(detached).double()
+        inputs = {"x": torch.randn(5, 4, dtype=torch.float64), "labels": torch.arange(5) % 4}
+        pc = PCModel(model, PCConfig(nodes=r"blocks\.\d+", sweeps=3, precision=1.0, **setting))
+        report = pc.accumulate_grad(**inputs)
+        found.append(gradients(model) | {"energy": report.sequence_free_energy})
+    assert worst(*found) < 1e-12
+
+
+@pytest.mark.parametrize("solver", ["error", "state"])
+def test_a_forward_of_its_own_is_put_back(solver: Any) -> None:
+    """A block whose forward another library has wrapped keeps that one, and it is called in every step."""
+    model, calls = make("gpt2"), []
+    wrapped = []
+    for block in model.transformer.h:
+
+        def forward(*args: Any, _own: Any = block.forward, **kwargs: Any) -> Any:
+            calls.append(0)
+            return _own(*args, **kwargs)
+
+        block.forward = forward
+        wrapped.append(forward)
+    pc = PCModel(model, PCConfig(solver=solver, sweeps=4, relative_std=0.5))
+    found = []
+    for _ in range(2):
+        pc.accumulate_grad(**batch())
+        found.append(len(calls))
+        assert [vars(block)["forward"] for block in model.transformer.h] == wrapped
+    assert found[1] == 2 * found[0]
