@@ -211,3 +211,18 @@ def test_what_all_but_vanishes_leaves_finite_ratios() -> None:
     torch.testing.assert_close(found, torch.tensor([1e155, 0.0, 0.5], dtype=torch.float64), rtol=1e-6, atol=0.0)
     assert relaxed_fraction({"change": gone[2], "reference": gone[0]}) == pytest.approx(2e155, rel=1e-6)
     assert relaxed_fraction({"change": gone[2], "reference": gone[1]}) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_relaxing_sweeps_measure_half_precision_in_float32(dtype: torch.dtype) -> None:
+    """What arrives at the top node in half precision is squared and summed in float32, not to the three digits that
+    it has."""
+    pc = PCModel(make("gpt2").to(dtype), PCConfig(sweeps=2, precision=3.0))
+    with pc.relaxed(batch()) as relaxation:
+        top = relaxation.top
+        assert top is not None
+        signal = relaxation.top_signal._at_rest
+        assert signal is not None
+        squares = signal.double().square().flatten(1).sum(1)
+        torch.testing.assert_close(relaxation.top_signal.reference, squares.sum(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(top.signal_square, squares / 3, rtol=1e-5, atol=0)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from oracles.linear import LinearChain
 from test_invariants import batch, gradients, make, worst
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration, set_seed
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_pc import NodeSpec, PCConfig, PCModel
 
@@ -248,3 +249,78 @@ def test_errors_stay_in_the_dtype_of_the_states(solver: str) -> None:
     pc = PCModel(make("gpt2"), PCConfig(solver=solver, relative_std=1.5, sweeps=5, tolerance=1e-3))
     with pc.relaxed(batch()) as relaxation:
         assert {site.leaf.dtype for site in relaxation.sites} == {torch.float32}
+
+
+@pytest.mark.parametrize(("step", "factor"), [(0.5, 0.5), (0.5, 2.0), (1.0, 0.5), (2.0, 0.25), (0.7, 1.0)])
+def test_weights_learn_by_the_step_of_their_own_node(step: float, factor: float) -> None:
+    """A single sweep of a fixed step: a node passes on step times its step_factor of the signal that comes to it."""
+    model = LinearChain()
+    expected = backprop(model)
+    nodes = [NodeSpec(r"blocks\.\d+", step_factor=factor)]
+    attach(model, nodes=nodes, solver="error", sweeps=1, step_size=step).accumulate_grad(inputs=X, labels=Y)
+    for i, layer in enumerate(model.layers):
+        torch.testing.assert_close(layer.weight.grad, expected[f"layers.{i}.weight"] * (step * factor) ** (3 - i))
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_warm_phase_starts_where_the_series_points(factor: float) -> None:
+    """At b e0 + b^2 (e1 - e0), e0 the first move from rest towards the labels and e1 the errors after the last step.
+
+    (What learns by part of a step sends another signal down: there the top node alone is held against more sweeps.)
+    """
+    nodes = [NodeSpec(r"blocks\.\d+", step_factor=factor)]
+    settings: dict[str, Any] = {"nodes": nodes, "precision": 30.0, "anderson_depth": 0}
+    moves = []
+    for sweeps in (2, 4):  # one move from rest, three
+        pc = attach(LinearChain(), sweeps=sweeps, **settings)
+        moves.append(pc.relax(inputs=X, labels=Y).errors)
+        pc.detach()
+    for learning in ("centred", "extrapolated"):
+        pc = attach(LinearChain(), sweeps=3, learning=learning, **settings)
+        for phase in pc.phases:
+            with pc.relaxed({"inputs": X, "labels": Y}, phase=phase) as relaxation:
+                b = phase.strength
+                for site in relaxation.sites[0 if factor == 1 else -1 :] if phase.warm else ():
+                    e0, e1 = (errors[site.label] for errors in moves)
+                    expected = b * e0 + b**2 * (e1 - e0)
+                    torch.testing.assert_close(site.leaf.detach(), expected, rtol=1e-9, atol=1e-14)
+                pc.learning_pass({"inputs": X, "labels": Y})[0].backward()
+
+
+@pytest.mark.parametrize("step", ["auto", 1.0])
+def test_one_sweep_is_one_pass(step: Any) -> None:
+    """Where no error has moved there is nothing to confirm: the model runs once, and says so."""
+    model = make("gpt2")
+    calls: list[int] = []
+    model.lm_head.register_forward_hook(lambda *given: calls.append(0))
+    assert PCModel(model, PCConfig(sweeps=1, step_size=step)).accumulate_grad(**batch()).sweeps == 1
+    assert len(calls) == 1
+
+
+class Aside(nn.Module):
+    """What `aside` computes goes nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.way, self.aside, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+        self.aside(x)
+        return SequenceClassifierOutput(logits=self.head(self.way(x).tanh()))
+
+
+@pytest.mark.parametrize("solver", ["error", "state"])
+@pytest.mark.parametrize("step", ["auto", 0.3])
+@pytest.mark.parametrize("nodes", ["way,aside", "aside"])
+def test_a_node_without_a_way_to_the_output_rests(nodes: str, step: Any, solver: Any) -> None:
+    """No signal comes to it: it stays at its prediction, and the others relax as without it."""
+    set_seed(0)
+    inputs = {"x": torch.randn(5, 4), "labels": torch.arange(5) % 3}
+    found = PCModel(Aside(), PCConfig(nodes=nodes, solver=solver, step_size=step, precision=1.0)).relax(**inputs)
+    assert bool((found.errors["aside"] == 0).all())
+    if nodes != "aside":
+        set_seed(0)
+        inputs = {"x": torch.randn(5, 4), "labels": torch.arange(5) % 3}
+        alone = PCModel(Aside(), PCConfig(nodes="way", solver=solver, step_size=step, precision=1.0)).relax(**inputs)
+        assert bool((found.errors["way"] != 0).any())
+        torch.testing.assert_close(found.errors["way"], alone.errors["way"])

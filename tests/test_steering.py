@@ -183,3 +183,13 @@ def test_signs_alternate_over_all_processes(processes: int, monkeypatch: pytest.
             signs += steering.signs(batch_size, torch.device("cpu")).tolist()
             steering.count_rows(batch_size)
     assert signs == [(-1.0) ** k for k in range(11 * processes)]
+
+
+@pytest.mark.parametrize(("sweeps", "reference"), [(1, 1.0), (2, 0.0)])
+def test_without_relaxation_or_a_signal_there_is_nothing_to_go_by(sweeps: int, reference: float) -> None:
+    """At T = 1 no error moves, and without a signal none has anywhere to go: relative_std stays."""
+    steering = Steering(PCConfig(relaxed_fraction=0.5, sweeps=sweeps))
+    before = steering.relative_std
+    steering.observe(measured(0.0, reference=reference))
+    steering.step(lambda total: total, steers=True)
+    assert steering.relative_std == before
