@@ -116,6 +116,14 @@ METHODS: dict[str, Column] = {
     "step over backprop's": field("step_time_ratio", ".1f"),
 }
 
+#: the regime of a single step, which may hardly relax
+OF_A_STEP = {"relaxed_fraction": field("relaxed_fraction", ".4f"), "residual": field("residual", ".4f")}
+MEMORY: dict[str, Column] = {
+    "memory ratio": field("memory_ratio", ".2f"),
+    "with checkpointing, PC": lambda line: format(line["memory_ratio_checkpointed"]["pc"], ".2f"),
+    "backprop": lambda line: format(line["memory_ratio_checkpointed"]["backprop"], ".2f"),
+}
+
 TABLES: dict[str, dict[str, Column]] = {
     "step_cost": {
         "model": field("model"),
@@ -123,11 +131,8 @@ TABLES: dict[str, dict[str, Column]] = {
         "time ratio": with_quartiles("time_ratio"),
         "limit": field("limit", ".2f"),
         "over": field("over_limit", ".1%"),
-        "memory ratio": field("memory_ratio", ".2f"),
-        "with checkpointing, PC": lambda line: format(line["memory_ratio_checkpointed"]["pc"], ".2f"),
-        "backprop": lambda line: format(line["memory_ratio_checkpointed"]["backprop"], ".2f"),
-        "relaxed_fraction": field("relaxed_fraction", ".4f"),
-        "residual": field("residual", ".4f"),
+        **MEMORY,
+        **OF_A_STEP,
     },
     "step_cost_gpu": {
         "model": field("model"),
@@ -138,11 +143,8 @@ TABLES: dict[str, dict[str, Column]] = {
         "limit": field("limit", ".2f"),
         "ms: PC, backprop": _both("milliseconds", ".0f"),
         "compiled ": _both("milliseconds_compiled", ".0f"),
-        "memory ratio": field("memory_ratio", ".2f"),
-        "with checkpointing, PC": lambda line: format(line["memory_ratio_checkpointed"]["pc"], ".2f"),
-        "backprop": lambda line: format(line["memory_ratio_checkpointed"]["backprop"], ".2f"),
-        "relaxed_fraction": field("relaxed_fraction", ".4f"),
-        "residual": field("residual", ".4f"),
+        **MEMORY,
+        **OF_A_STEP,
     },
     "step_cost_1b": {
         "model": field("model"),
@@ -156,8 +158,7 @@ TABLES: dict[str, dict[str, Column]] = {
         "ms: PC, backprop": _both("milliseconds", ".0f"),
         "memory ratio": field("memory_ratio", ".2f"),
         "backprop, GiB": field("backprop_gib", ".1f"),
-        "relaxed_fraction": field("relaxed_fraction", ".4f"),
-        "residual": field("residual", ".4f"),
+        **OF_A_STEP,
     },
     "context_256": {
         "method": lambda line: f"`{line['method']}`",
@@ -198,8 +199,7 @@ TABLES: dict[str, dict[str, Column]] = {
         "sequence": field("sequence"),
         "T": field("sweeps"),
         "memory ratio": field("memory_ratio", ".2f"),
-        "relaxed_fraction": field("relaxed_fraction", ".4f"),
-        "residual": field("residual", ".4f"),
+        **OF_A_STEP,
     },
     "relaxation_dtype": {
         "rule": lambda line: f"`{line['rule']}`",
@@ -284,8 +284,7 @@ TABLES: dict[str, dict[str, Column]] = {
         "waiting": each("idle_share", ".0%"),
         "MB": lambda line: ", ".join(f"{sent / 1e6:.1f}" for sent in line["bytes_per_sweep"]),
         "seconds, measured and predicted": lambda line: f"{line['seconds']:.2f}, {line['predicted_seconds']:.2f}",
-        "relaxed_fraction": field("relaxed_fraction", ".4f"),
-        "residual": field("residual", ".4f"),
+        **OF_A_STEP,
     },
 }
 
