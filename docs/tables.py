@@ -277,6 +277,7 @@ TABLES: dict[str, dict[str, Column]] = {
         "tokens": lambda line: f"{line['batch']} x {line['sequence']}",
         "vocabulary": field("vocab"),
         "T": field("sweeps"),
+        "step": field("step_size", "g"),
         "speed": with_quartiles("speedup"),
         "one process, s": field("single_seconds", ".2f"),
         "processors give": lambda line: format(line["machine_speedup"], ".2f") if "machine_speedup" in line else "",

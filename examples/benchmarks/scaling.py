@@ -39,7 +39,7 @@ from hf_pc.distributed.partition import fewest
 
 Batch = dict[str, torch.Tensor]
 CPU = torch.device("cpu")
-SETTING = ("model", "layers", "hidden", "sequence", "batch", "vocab", "sweeps", "seed")
+SETTING = ("model", "layers", "hidden", "sequence", "batch", "vocab", "sweeps", "step_size", "seed")
 
 
 def parse() -> argparse.Namespace:
@@ -142,7 +142,7 @@ def measured_memory(args: argparse.Namespace) -> None:
 
 def launch(args: argparse.Namespace, processes: int, *extra: str) -> Any:
     """What process 0 of a run prints, parsed."""
-    flags = [f"--{name}={getattr(args, name)}" for name in (*SETTING, "step_size", "runs")]
+    flags = [f"--{name}={getattr(args, name)}" for name in (*SETTING, "runs")]
     if args.split and processes == len(args.split):
         flags += ["--split", *map(str, args.split)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
