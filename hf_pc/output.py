@@ -30,6 +30,10 @@ UNSHIFTED = frozenset((
     "XLNetLMHeadModel",
 ))  # fmt: skip
 
+BY_LABELS = "by labels"
+#: the output of each `problem_type`; of a classifier without one, that of its labels
+PROBLEMS = {"regression": "gaussian", "multi_label_classification": "bernoulli", BY_LABELS: BY_LABELS}
+
 
 @dataclass(frozen=True)
 class Output(ABC):
@@ -46,7 +50,7 @@ class Output(ABC):
     keep_labels: bool = False
     virtual: int = 0
     chosen: bool = field(default=False, compare=False)
-    #: whether exp(nats per label) is a perplexity
+    #: whether exp(nats per label) is a perplexity, where labels are class indices
     has_perplexity: ClassVar[bool] = False
 
     @classmethod
@@ -67,13 +71,14 @@ class Output(ABC):
             problem = getattr(config, "problem_type", None)
             if problem is None and getattr(config, "num_labels", 2) == 1 and any("Classification" in k for k in kinds):
                 problem = "regression"
-            name = {"regression": "gaussian", "multi_label_classification": "bernoulli"}.get(
-                str(problem), "categorical"
-            )
+            if problem is None and any("Classification" in k and "Token" not in k for k in kinds):
+                problem = BY_LABELS
+            name = PROBLEMS.get(str(problem), "categorical")
         told = getattr(model, "shifts_labels", getattr(base, "shifts_labels", None))
         shifted = causal and not encoder_decoder if told is None else bool(told)
         virtual = virtual_tokens(model) if shifted else 0
-        return OUTPUTS[name](shifted, keep_labels=encoder_decoder, virtual=virtual, chosen=chosen)
+        kind = ClassifierOutput if name == BY_LABELS else OUTPUTS[name]
+        return kind(shifted, keep_labels=encoder_decoder, virtual=virtual, chosen=chosen)
 
     def split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
         """The model's inputs and the labels, aligned with the logits.
@@ -238,6 +243,32 @@ class BernoulliOutput(_DenseOutput):
 
     def sample(self, scores: Tensor) -> Tensor:
         return scores.sigmoid().bernoulli()
+
+
+class ClassifierOutput(CategoricalOutput):
+    """Of a classifier whose configuration names no `problem_type`: what transformers makes of its labels' dtype.
+
+    Class indices are one of several classes; floating-point labels are several yes or no, a Bernoulli output.
+    """
+
+    def convert(self, labels: Tensor) -> Tensor:
+        return _as_labels_say(labels).convert(labels)
+
+    def check(self, logits: Tensor, labels: Tensor) -> None:
+        _as_labels_say(labels).check(logits, labels)
+
+    def energy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return _as_labels_say(labels).energy(logits, labels)
+
+    def draw(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return _as_labels_say(labels).draw(logits, labels)
+
+
+def _as_labels_say(labels: Tensor) -> Output:
+    return SEVERAL if labels.is_floating_point() else ONE_OF_THEM
+
+
+ONE_OF_THEM, SEVERAL = CategoricalOutput(chosen=True), BernoulliOutput(chosen=True)
 
 
 def _unfit(logits: Tensor, labels: Tensor, needed: str) -> ValueError:

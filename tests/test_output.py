@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Bernoulli, Categorical, Normal
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from hf_pc.output import OUTPUTS, BernoulliOutput, CategoricalOutput, GaussianOutput, Output
+from hf_pc.output import OUTPUTS, BernoulliOutput, CategoricalOutput, ClassifierOutput, GaussianOutput, Output
 
 
 def test_values_are_negative_log_likelihoods() -> None:
@@ -69,10 +69,30 @@ def test_the_output_follows_the_model() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=8))
     assert Output.of(gpt2) == CategoricalOutput(shifted=True)
     several = {"num_labels": 3, "problem_type": "multi_label_classification"}
-    for settings, kind in (({"num_labels": 3}, CategoricalOutput), ({"num_labels": 1}, GaussianOutput),
+    for settings, kind in (({"num_labels": 3}, ClassifierOutput), ({"num_labels": 1}, GaussianOutput),
                            (several, BernoulliOutput)):  # fmt: skip
         model = BertForSequenceClassification(BertConfig(**tiny, vocab_size=8, **settings))
         assert type(Output.of(model)) is kind
+
+
+def test_a_classifier_is_what_its_labels_say() -> None:
+    """Without a problem_type class indices are one of several classes and numbers several yes or no, of which -100 is
+    none that transformers' own loss ignores; drawn labels are of the same kind."""
+    logits = torch.randn(5, 3, dtype=torch.float64)
+    output = ClassifierOutput(chosen=True)
+    for kind, labels in (
+        (CategoricalOutput(), torch.tensor([0, 2, 1, -100, 0])),
+        (BernoulliOutput(), torch.eye(5, 3)),
+    ):
+        _, aligned = output.split({"labels": labels})
+        assert torch.equal(output.total({"logits": logits}, aligned), kind.total({"logits": logits}, aligned))
+        drawn = output.draw(logits, aligned)
+        assert drawn.shape == labels.shape
+        assert drawn.is_floating_point() == labels.is_floating_point()
+    with pytest.raises(ValueError, match="a label is -100"):
+        output.split({"labels": torch.tensor([[0.0, 1.0, -100.0]])})
+    with pytest.raises(ValueError, match=r"labels of shape \(5, 2\) do not fit logits of shape \(5, 3\): one number"):
+        output.total({"logits": logits}, torch.zeros(5, 2))
 
 
 def test_labels_that_do_not_fit() -> None:

@@ -126,6 +126,7 @@ ALIKE: dict[str, tuple[Any, dict[str, Tensor]]] = {
     "masked": (lambda: classes(BertForMaskedLM), TEXT),
     "classes": (classes, ONE_OF_THREE),
     "regression": (lambda: classes(num_labels=1), NUMBERS),
+    "several labels, not said": (classes, BITS),
     "several labels": (lambda: classes(problem_type="multi_label_classification"), BITS),
 }  # fmt: skip
 
@@ -255,3 +256,23 @@ def test_comparing_changes_nothing_that_is_learned(tmp_path: Path, first: str) -
         assert run._compared
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_several_labels_that_no_configuration_names(tmp_path: Path, compiles: bool) -> None:
+    """A classifier without a problem_type learns several labels from numbers; its loss in evaluation is the model's
+    own, and as no class is predicted there is no perplexity."""
+    set_seed(0)
+    model = classes()
+    assert model.config.problem_type is None
+    rows = [{key: value[i] for key, value in BITS.items()} for i in range(len(BITS["input_ids"]))]
+    args = PCTrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_strategy="no")
+    run = PCTrainer(
+        model=model, args=args, pc_config=PCConfig(compile=compiles), train_dataset=rows, eval_dataset=rows
+    )
+    run.train()
+    found = run.evaluate()
+    with torch.no_grad():
+        own = model.eval()(**BITS).loss
+    assert found["eval_loss"] == pytest.approx(float(own), rel=1e-5)
+    assert "eval_perplexity" not in found
