@@ -24,6 +24,7 @@ import few_samples  # noqa: E402
 import finetune  # noqa: E402
 import gradient_bias  # noqa: E402
 import label_noise  # noqa: E402
+import language  # noqa: E402
 import likelihood  # noqa: E402
 import marginal  # noqa: E402
 import online  # noqa: E402
@@ -147,7 +148,7 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_equilibrium(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equilibrium(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Backprop and every rule at every target, each with regime and step time; unknown characters are no error."""
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"line {i}: the square of {i} is {i * i}." for i in range(100)) + "\n" + "zebra! " * 60)
@@ -163,6 +164,11 @@ def test_equilibrium(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ]  # fmt: skip
     assert all(line["step_time_ratio"] > 1 and line["residual"] > 0 for line in found[1:])
     assert found[2]["settings"] == {"learning": "centred", "relaxed_fraction": 0.1}
+    with monkeypatch.context() as inside:  # what was trained is not trained again, whatever else is asked
+        inside.setattr(language, "train", None)
+        again = equilibrium.main([*given, "--methods", "backprop", "plain_0.1", "--relative_stds", "1"])
+    assert [line["mean"] for line in again] == [line["mean"] for line in found[:2]]
+    assert (again[1]["residual"], again[1]["regime"]) == (found[1]["residual"], found[1]["regime"])
     one_sided = ["--methods", "one_sided_0.1", "--strengths", "1", "0.25", "--anderson_depth", "3"]
     (one,) = equilibrium.main([*given, *one_sided])
     assert one["settings"]["strengths"] == [1.0, 0.25]

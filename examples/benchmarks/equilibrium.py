@@ -3,8 +3,9 @@
     python examples/benchmarks/equilibrium.py --train_file text.txt --layers 6 --steps 1000 --seeds 3
 
 Prints one JSON line per method and seed, and one with mean and spread per method: test perplexity of a plain forward
-pass, the regime it was learned in, and the time of a step, all phases counted, over backprop's. Leaves a table and a
-figure. Each method takes the learning rate, of the same few, that does best on validation text with the first seed.
+pass, the regime it was learned in, and the time of a step, all phases counted, over backprop's. Leaves a table, a
+figure and the trainings: broken off and started again, it goes on where it was. Each method takes the learning rate,
+of the same few, that does best on validation text with the first seed.
 """
 
 from __future__ import annotations

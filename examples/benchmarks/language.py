@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
@@ -23,8 +24,10 @@ from scipy import stats
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
+from trainings import kept
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
+import hf_pc
 from hf_pc import PCConfig, PCModel, RelaxationOutput
 from hf_pc.compilation import compile_parts
 from hf_pc.measurements import regime
@@ -33,6 +36,11 @@ from hf_pc.placement import resolve
 
 #: what is reported of a training, the mean over its steps
 REGIME = ("relaxed_fraction", "residual", "signal_bias", "refused", "sweeps")
+#: arguments that one training's outcome does not depend on, but through its PCConfig, its text, its seed and rate
+ELSEWHERE = frozenset((
+    "train_file", "output_dir", "methods", "seeds", "first_seed", "learning_rates", "relaxed_fractions",
+    "relative_stds", "sweeps", "state_sweeps", "strengths", "bias_limit", "anderson_depth",
+))  # fmt: skip
 Batch = dict[str, Tensor]
 Found = TypeVar("Found")
 
@@ -45,6 +53,14 @@ class Text:
     validation: Tensor
     test: Tensor
     vocabulary: int
+
+
+def fingerprint(text: Text) -> str:
+    """The same for the same text and the same code, of hf_pc and of the benchmarks."""
+    parts = [stream.numpy().tobytes() for stream in (text.train, text.validation)]
+    for folder in (Path(hf_pc.__file__).parent, Path(__file__).parent):
+        parts += [path.read_bytes() for path in sorted(folder.rglob("*.py"))]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
@@ -268,6 +284,8 @@ def compare(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Tune each method's learning rate on validation text at the first seed, train with every seed, print JSON lines.
 
+    Trainings are kept in `args.output_dir`: broken off and started again, a benchmark goes on where it was.
+
     Returns:
         One line per method: mean and spread of the test perplexity, the gap to backprop with the same seeds, the
         regime, the time of a step over backprop's.
@@ -285,24 +303,34 @@ def compare(
     setting = {n: getattr(args, n) for n in ("steps", "batch", "layers", "hidden", "heads", "sequence")}
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     setting["machine"] = f"{processor(device)}, torch {torch.__version__}{threads}"
+    same = fingerprint(text)
     lines: list[dict[str, Any]] = []
     baseline: list[float] = []
 
-    def run(name: str, seed: int, rate: float) -> tuple[GPT2LMHeadModel, dict[str, Any], float]:
+    def trained(name: str, seed: int, rate: float) -> tuple[GPT2LMHeadModel, dict[str, Any]]:
         model = gpt2(args, text.vocabulary, seed, device)
         given = batches(text, args, seed)
         title = f"{name}, seed {seed}, {rate:g}"
         compiles = getattr(args, "compile", False)
         facts = train(model, methods[name], given, args.steps, rate, title, compiles)
-        return model, facts, loss_of(model, text.validation, args.sequence)
+        return model, facts | {"validation_loss": loss_of(model, text.validation, args.sequence)}
+
+    def run(name: str, seed: int, rate: float) -> tuple[GPT2LMHeadModel, dict[str, Any]]:
+        config = methods[name]
+        depends = {key: value for key, value in vars(args).items() if key not in ELSEWHERE} | setting
+        depends |= {"text and code": same, "config": config.to_dict() if config else None, "seed": seed, "rate": rate}
+        folder = args.output_dir / "trainings" / f"{name}, seed {seed}, {rate:g}"
+        model, facts = kept(folder, depends, partial(trained, name, seed, rate))
+        return model.to(device), facts
 
     for name in methods:
-        rate, losses, found = tuned(partial(run, name), lambda trained: trained[2], args)
+        rate, losses, found = tuned(partial(run, name), lambda trained: float(trained[1]["validation_loss"]), args)
         perplexities, regimes = [], []
         config = methods[name]
         settings = {"settings": changed(config)} if config else {}
-        for seed, (model, facts, validation) in enumerate(found, args.first_seed):
+        for seed, (model, facts) in enumerate(found, args.first_seed):
             curves.setdefault(name, []).append(facts.pop("losses"))
+            validation = facts.pop("validation_loss")
             regimes.append(facts)
             perplexities.append(math.exp(min(700.0, loss_of(model, text.test, args.sequence))))
             line = {
