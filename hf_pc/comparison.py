@@ -163,6 +163,7 @@ def run(
         if (made_by := command()) is not None:
             results["command"] = made_by
         results |= {"base_model": shown_base(card["base_model"]), "dataset": card.get("dataset", "")}
+        results |= {name: card[name] for name in ("dataset_id", "auto_class") if card.get(name)}
         results["base_on_hub"] = is_repository(card["base_model"])
         finish(folder, results, histories)
         if table:

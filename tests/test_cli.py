@@ -145,6 +145,14 @@ def test_plot_and_card_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     assert main(["card", folder]) == 2
     assert "give --overwrite" in capsys.readouterr().err
+    noted = {"pc_eval_loss": 3.9, "pc_perplexity": 49.4, "dataset_id": "someone/rows"}
+    for given, expected in (("AutoModelForMaskedLM", "AutoModelForMaskedLM"), ("os.system", "AutoModelForCausalLM")):
+        figures.write_text(json.dumps(noted | {"auto_class": given}))  # what a run notes makes the same card again
+        assert main(["card", folder, "--overwrite"]) == 0
+        card = (tmp_path / "run" / "README.md").read_text()
+        assert expected in card
+        assert "os.system" not in card
+        assert "- someone/rows" in card
     figures.write_text("{}")
     assert main(["card", folder, "--overwrite"]) == 2
     assert "49.4" in (tmp_path / "run" / "README.md").read_text()

@@ -17,10 +17,10 @@ EXAMPLE = 'hf-pc card runs/clm --dataset "Tiny Shakespeare" --overwrite'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="a folder with all_results.json and pc_config.json")
     parser.add_argument("--dataset", help="what it learned from, in words; default: what the run noted")
-    parser.add_argument("--dataset_id", help="its repository on the Hub, if it has one")
+    parser.add_argument("--dataset_id", help="its repository on the Hub; default: what the run noted")
     parser.add_argument("--notes", default="", help="a paragraph of yours")
     parser.add_argument("--base_model", help="the checkpoint that was fine-tuned; default: what the run noted")
-    parser.add_argument("--auto_class", default="AutoModelForCausalLM", choices=list(TASKS), help="what loads it")
+    parser.add_argument("--auto_class", choices=list(TASKS), help="what loads it; default: what the run noted")
     parser.add_argument("--overwrite", action="store_true", help="replace the README.md that is there")
 
 
@@ -37,12 +37,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{args.run / 'README.md'} is there already: give --overwrite to replace it")
     if args.base_model:
         results.pop("base_on_hub", None)  # of what the run noted
+    noted = results.get("auto_class")
+    auto_class = args.auto_class or (noted if noted in TASKS else "AutoModelForCausalLM")
     try:
         path = write_card(
             args.run, config, results, model_name=args.run.resolve().name,
             base_model=args.base_model or results.get("base_model", ""),
-            dataset=args.dataset or results.get("dataset") or "a local text", dataset_id=args.dataset_id,
-            notes=args.notes, auto_class=args.auto_class,
+            dataset=args.dataset or results.get("dataset") or "a local text",
+            dataset_id=args.dataset_id or results.get("dataset_id"), notes=args.notes, auto_class=auto_class,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
         raise ValueError(f"{args.run / 'all_results.json'} holds what no run writes: {error}") from error
