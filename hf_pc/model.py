@@ -199,21 +199,11 @@ class PCModel(SavingMixin):
                 self._dropout_state = RandomState((p.device for p in self._parameters), self._numpy)
             self._random = self._dropout_state
             with self._dropout():
-                with ExitStack() as relaxing:
-                    freezing = self._frozen() if weight_step is None else nullcontext()
-                    freeze = cache(lambda: relaxing.enter_context(freezing))  # once, however often it is called
-                    # whether the module of the first node learns through what the first pass has of it
-                    keeps = learns and phase.first and not together and not routed and self.solver.one_backward
-                    keeps = keeps and self._first_prediction.may_learn()
-                    if not keeps:
-                        freeze()
-                    if weight_step is None and not routed:
-                        computed = freeze if keeps else None
-                        relaxing.enter_context(self._first_prediction.reused(self._random, computed=computed))
-                        if self.solver.by_node:
-                            left_out = unreached_left_out(self._module_nodes, self.relaxation, self._random)
-                            relaxing.enter_context(left_out)
-                    self._confirm = self._relax(batch, labels, weight_step, forward, freeze)
+                # whether the module of the first node learns through what the first pass has of it
+                keeps = learns and phase.first and not together and not routed and self.solver.one_backward
+                keeps = keeps and self._first_prediction.may_learn()
+                reuses = weight_step is None and not routed
+                self._confirm = self._relax(batch, labels, weight_step, forward, keeps=keeps, reuses=reuses)
                 yield self.relaxation
             over = phase.last
         finally:
@@ -272,10 +262,19 @@ class PCModel(SavingMixin):
         labels: Tensor,
         weight_step: Callable[[Tensor], None] | None,
         forward: Callable[..., Any],
-        freeze: Callable[[], Any],
+        *,
+        keeps: bool,
+        reuses: bool,
     ) -> Callable[[], bool]:
-        relaxation = self.relaxation
+        """Every sweep but the last; returns the solver's answer, asked after that one, whether its errors stand.
+
+        Args:
+            keeps: the graph of the first pass is kept up to the first node, whose module learns through it.
+            reuses: what no move of the states changes is not computed again.
+        """
+        relaxation, random = self.relaxation, self._random
         assert relaxation is not None
+        assert random is not None
 
         def sweep() -> Tensor:
             with nullcontext() if relaxation.at_rest else self._lowered():
@@ -290,10 +289,20 @@ class PCModel(SavingMixin):
                 raise _NothingToRelax
             return energy
 
-        try:
-            return self.solver.relax(relaxation, sweep, weight_step)
-        except _NothingToRelax:
-            return lambda: True
+        with ExitStack() as relaxing:
+            freezing = self._frozen() if weight_step is None else nullcontext()
+            freeze = cache(lambda: relaxing.enter_context(freezing))  # once, however often it is called
+            if not keeps:
+                freeze()
+            if reuses:
+                computed = freeze if keeps else None
+                relaxing.enter_context(self._first_prediction.reused(random, computed=computed))
+                if self.solver.by_node:
+                    relaxing.enter_context(unreached_left_out(self._module_nodes, relaxation, random))
+            try:
+                return self.solver.relax(relaxation, sweep, weight_step)
+            except _NothingToRelax:
+                return lambda: True
 
     def learning_pass(
         self, inputs: Mapping[str, Any], forward: Callable[..., Any] | None = None, mode: str = LEARN
