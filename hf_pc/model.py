@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_pc.architecture import auxiliary_loss, evaluating, is_checkpointing, layer_drop, routes
+from hf_pc.architecture import auxiliary_loss, base_model, evaluating, is_checkpointing, layer_drop, routes
 from hf_pc.attention import AttentionNodes
 from hf_pc.batch_state import NO_CHECKPOINTING, RunningStatistics, copied, drop_nothing
 from hf_pc.compilation import compile_parts
@@ -25,7 +25,7 @@ from hf_pc.config import PCConfig
 from hf_pc.learning import PLAIN, Phase, phases_of
 from hf_pc.measurements import EVERY_PHASE, add_sums, summary
 from hf_pc.node import LEARN, RELAX, Node, Strength
-from hf_pc.output import IGNORED, Output
+from hf_pc.output import IGNORED, ClassifierOutput, Output
 from hf_pc.placement import innermost, resolve
 from hf_pc.processes import everywhere, is_sharded, process_count, process_index
 from hf_pc.relaxation import Relaxation, Share
@@ -365,6 +365,8 @@ class PCModel(SavingMixin):
 
     def _split(self, inputs: Mapping[str, Any], phase: Phase) -> tuple[dict[str, Any], Tensor]:
         batch, labels = self.output.split(inputs)
+        if isinstance(self.output, ClassifierOutput):
+            self.output.tell(base_model(self.model).config, labels)
         if phase.own_labels:
             assert self._own_labels is not None
             labels = self._own_labels

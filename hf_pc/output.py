@@ -7,15 +7,17 @@ computed once and the caller divides it once.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForSequenceClassificationLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_pc.architecture import base_model, virtual_tokens
@@ -30,9 +32,8 @@ UNSHIFTED = frozenset((
     "XLNetLMHeadModel",
 ))  # fmt: skip
 
-BY_LABELS = "by labels"
-#: the output of each `problem_type`; of a classifier without one, that of its labels
-PROBLEMS = {"regression": "gaussian", "multi_label_classification": "bernoulli", BY_LABELS: BY_LABELS}
+#: the outputs of what transformers calls a `problem_type`, where it is not the categorical one
+PROBLEMS = {"regression": "gaussian", "multi_label_classification": "bernoulli"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Output(ABC):
     keep_labels: bool = False
     virtual: int = 0
     chosen: bool = field(default=False, compare=False)
-    #: whether exp(nats per label) is a perplexity, where labels are class indices
+    #: whether exp(nats per label) is a perplexity
     has_perplexity: ClassVar[bool] = False
 
     @classmethod
@@ -71,13 +72,11 @@ class Output(ABC):
             problem = getattr(config, "problem_type", None)
             if problem is None and getattr(config, "num_labels", 2) == 1 and any("Classification" in k for k in kinds):
                 problem = "regression"
-            if problem is None and any("Classification" in k and "Token" not in k for k in kinds):
-                problem = BY_LABELS
             name = PROBLEMS.get(str(problem), "categorical")
         told = getattr(model, "shifts_labels", getattr(base, "shifts_labels", None))
         shifted = causal and not encoder_decoder if told is None else bool(told)
         virtual = virtual_tokens(model) if shifted else 0
-        kind = ClassifierOutput if name == BY_LABELS else OUTPUTS[name]
+        kind = ClassifierOutput if chosen and problem is None and _asks_labels(base, loss) else OUTPUTS[name]
         return kind(shifted, keep_labels=encoder_decoder, virtual=virtual, chosen=chosen)
 
     def split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
@@ -124,6 +123,10 @@ class Output(ABC):
         energy = self.energy(outputs["logits"], labels)
         own = outputs.get("energy")
         return energy if own is None else energy + own
+
+    def perplexity_of(self, labels: Tensor) -> bool:
+        """Whether exp(nats per label) is a perplexity."""
+        return self.has_perplexity
 
     def convert(self, labels: Tensor) -> Tensor:
         """The labels in the dtype that `energy` takes. Raises ValueError if they cannot be labels of this output."""
@@ -246,29 +249,59 @@ class BernoulliOutput(_DenseOutput):
 
 
 class ClassifierOutput(CategoricalOutput):
-    """Of a classifier whose configuration names no `problem_type`: what transformers makes of its labels' dtype.
+    """Of a classifier whose configuration names no `problem_type`, and whose own loss asks the labels for it.
 
     Class indices are one of several classes; floating-point labels are several yes or no, a Bernoulli output.
     """
 
+    @staticmethod
+    def of_labels(labels: Tensor) -> Output:
+        """The output that labels of this dtype are of."""
+        return SEVERAL_LABELS if labels.is_floating_point() else ONE_CLASS
+
+    @staticmethod
+    def tell(config: Any, labels: Tensor) -> None:
+        """Write into a model's configuration what kind its labels are, as transformers does: pipelines go by it."""
+        if getattr(config, "problem_type", None) is None:
+            config.problem_type = f"{'multi' if labels.is_floating_point() else 'single'}_label_classification"
+
+    def perplexity_of(self, labels: Tensor) -> bool:
+        return self.of_labels(labels).perplexity_of(labels)
+
     def convert(self, labels: Tensor) -> Tensor:
-        return _as_labels_say(labels).convert(labels)
+        with _told_why(labels):
+            return self.of_labels(labels).convert(labels)
 
     def check(self, logits: Tensor, labels: Tensor) -> None:
-        _as_labels_say(labels).check(logits, labels)
+        with _told_why(labels):
+            self.of_labels(labels).check(logits, labels)
 
     def energy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return _as_labels_say(labels).energy(logits, labels)
+        return self.of_labels(labels).energy(logits, labels)
 
     def draw(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return _as_labels_say(labels).draw(logits, labels)
+        return self.of_labels(labels).draw(logits, labels)
 
 
-def _as_labels_say(labels: Tensor) -> Output:
-    return SEVERAL if labels.is_floating_point() else ONE_OF_THEM
+ONE_CLASS, SEVERAL_LABELS = CategoricalOutput(chosen=True), BernoulliOutput(chosen=True)
 
 
-ONE_OF_THEM, SEVERAL = CategoricalOutput(chosen=True), BernoulliOutput(chosen=True)
+def _asks_labels(model: nn.Module, loss: Any) -> bool:
+    """Whether a model's own loss takes the kind of a classification from the labels' dtype."""
+    names = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    used = () if names is None else names.co_names
+    return "problem_type" in used or ("loss_function" in used and loss is ForSequenceClassificationLoss)
+
+
+@contextmanager
+def _told_why(labels: Tensor) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        kind = "numbers, which are several yes or no" if labels.is_floating_point() else "class indices"
+        raise ValueError(
+            f"{error} (this classifier names no problem_type: labels of dtype {labels.dtype} are {kind})"
+        ) from None
 
 
 def _unfit(logits: Tensor, labels: Tensor, needed: str) -> ValueError:

@@ -47,10 +47,14 @@ def compare(model: nn.Module, inputs: Mapping[str, Any], output: Output) -> Comp
     """
     if is_sharded(model):  # a pass of its own would gather every block once more, and keep what it gathered
         return Comparison(NOT_COMPARED, "the model is sharded")
+    config = getattr(base_model(model), "config", None)
+    problem = getattr(config, "problem_type", None)
     with torch.no_grad(), undrawn(p.device for p in model.parameters()), evaluating(model):
         try:
             return _compared(model, inputs, output)
         except Exception as error:
+            if config is not None and hasattr(config, "problem_type"):
+                config.problem_type = problem  # which a loss that then failed may have guessed
             return Comparison(NOT_COMPARED, f"{type(error).__name__}: {error}")
 
 

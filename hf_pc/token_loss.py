@@ -45,7 +45,7 @@ class TokenLossMixin(_TrainerPart):
         self.model_accepts_loss_kwargs = True  # ask the Trainer to count label tokens, whatever the model's class
         self._loss_shifts_labels = self.output.shifted and not self.output.virtual  # there the first is a target too
         self._evaluated: list[Tensor] = []
-        self._indices = True  # whether labels that were evaluated are class indices
+        self._perplexity = False  # whether exp(nats per label) is one, of the labels that were evaluated
         self._without_labels: Tensor | int = 0  # batches of steps without any, since the last log
         self._warned_of_no_labels = False
         self._compared = output != "auto"  # one that is named need not be the model's own
@@ -117,7 +117,7 @@ class TokenLossMixin(_TrainerPart):
         if not learning:  # [batch]; a learning pass hands over its sum
             tokens = labels.ne(IGNORED).flatten(1).sum(1) if labels.dim() > 1 else labels.ne(IGNORED).long()
             self._evaluated = [energy.detach().double(), tokens.to(energy.device).double()]
-            self._indices = not labels.is_floating_point()
+            self._perplexity = self.output.perplexity_of(labels)
         items = num_items_in_batch if num_items_in_batch is not None else labels.ne(IGNORED).sum()
         # a model over several devices ends on another than it begins
         items = torch.as_tensor(items, device=energy.device)
@@ -170,7 +170,7 @@ class TokenLossMixin(_TrainerPart):
         if self._tokens:
             loss = self._nats / self._tokens
             result.metrics[f"{prefix}_loss"] = loss
-            if self.output.has_perplexity and self._indices:
+            if self._perplexity:
                 result.metrics[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
         return result
 

@@ -153,6 +153,8 @@ def test_plot_and_card_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert expected in card
         assert "os.system" not in card
         assert "- someone/rows" in card
+    assert main(["card", folder, "--overwrite", "--dataset", "other rows"]) == 0
+    assert "someone/rows" not in (tmp_path / "run" / "README.md").read_text()
     figures.write_text("{}")
     assert main(["card", folder, "--overwrite"]) == 2
     assert "49.4" in (tmp_path / "run" / "README.md").read_text()

@@ -5,8 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.distributions import Bernoulli, Categorical, Normal
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
+)
 
+from hf_pc import PCConfig, PCModel
 from hf_pc.output import OUTPUTS, BernoulliOutput, CategoricalOutput, ClassifierOutput, GaussianOutput, Output
 
 
@@ -91,8 +102,27 @@ def test_a_classifier_is_what_its_labels_say() -> None:
         assert drawn.is_floating_point() == labels.is_floating_point()
     with pytest.raises(ValueError, match="a label is -100"):
         output.split({"labels": torch.tensor([[0.0, 1.0, -100.0]])})
-    with pytest.raises(ValueError, match=r"labels of shape \(5, 2\) do not fit logits of shape \(5, 3\): one number"):
+    with pytest.raises(ValueError, match=r"labels of shape \(5, 2\) do not fit .* of dtype torch.float32 are numb"):
         output.total({"logits": logits}, torch.zeros(5, 2))
+
+
+def test_only_what_asks_its_labels_is_such_a_classifier() -> None:
+    """A class whose own loss is the cross-entropy whatever the labels refuses numbers; so does one of tokens. What the
+    labels are is written into the configuration, as transformers does."""
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sound = Wav2Vec2Config(**tiny, conv_dim=(8,), conv_stride=(4,), conv_kernel=(4,), num_labels=3,
+                           num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)  # fmt: skip
+    bert = BertConfig(**tiny, vocab_size=8, num_labels=3)
+    llama = LlamaConfig(**tiny, vocab_size=8, num_labels=3, pad_token_id=0)
+    fixed = [Wav2Vec2ForSequenceClassification(sound), BertForTokenClassification(bert)]
+    for model in fixed:
+        with pytest.raises(ValueError, match="are no class indices"):
+            Output.of(model).split({"labels": torch.eye(2, 3)})
+    for model in (BertForSequenceClassification(bert), LlamaForSequenceClassification(llama)):
+        pc = PCModel(model, PCConfig(sweeps=1))
+        assert type(pc.output) is ClassifierOutput
+        pc.relax(input_ids=torch.ones(2, 4).long(), labels=torch.eye(2, 3))
+        assert model.config.problem_type == "multi_label_classification"
 
 
 def test_labels_that_do_not_fit() -> None:

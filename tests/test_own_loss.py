@@ -276,3 +276,15 @@ def test_several_labels_that_no_configuration_names(tmp_path: Path, compiles: bo
         own = model.eval()(**BITS).loss
     assert found["eval_loss"] == pytest.approx(float(own), rel=1e-5)
     assert "eval_perplexity" not in found
+
+
+def test_a_comparison_that_fails_leaves_the_configuration() -> None:
+    """Class indices of eight bits, which transformers' own loss takes for several labels, are class indices here, and
+    what that loss wrote before it failed is taken back."""
+    set_seed(0)
+    model = classes()
+    narrow = {**ONE_OF_THREE, "labels": ONE_OF_THREE["labels"].to(torch.uint8)}
+    assert compare(model, narrow, Output.of(model)).verdict == NOT_COMPARED
+    assert model.config.problem_type is None
+    wide = Output.of(model).split(ONE_OF_THREE)[1]
+    assert torch.equal(Output.of(model).split(narrow)[1], wide)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from machine import processor
 from options import natural, positive
 from report import picture, show
@@ -56,8 +57,9 @@ class Text:
 
 
 def fingerprint(text: Text) -> str:
-    """The same for the same text and the same code, of hf_pc and of the benchmarks."""
-    parts = [stream.numpy().tobytes() for stream in (text.train, text.validation)]
+    """The same for the same text and the same code, of hf_pc, of the benchmarks and of transformers."""
+    parts: list[Any] = [text.train.numpy(), text.validation.numpy()]
+    parts.append(f"{len(text.train)}, {text.vocabulary}, transformers {transformers.__version__}".encode())
     for folder in (Path(hf_pc.__file__).parent, Path(__file__).parent):
         parts += [path.read_bytes() for path in sorted(folder.rglob("*.py"))]
     return hashlib.sha256(b"".join(parts)).hexdigest()
@@ -79,7 +81,9 @@ def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentPars
     if "compile" in defaults:
         parser.add_argument("--compile", action="store_true", help="compile the blocks, for PC and for backprop")
     if "output_dir" in defaults:
-        parser.add_argument("--output_dir", type=Path, default=defaults["output_dir"], help="for table and figure")
+        parser.add_argument(
+            "--output_dir", type=Path, default=defaults["output_dir"], help="for table, figure and what is trained"
+        )
     return parser
 
 

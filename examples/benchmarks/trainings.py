@@ -22,11 +22,11 @@ def kept(folder: Path, setting: dict[str, Any], run: Callable[[], Found]) -> Fou
     """
     notes = folder / "training.json"
     given = json.loads(json.dumps(setting, default=str))
-    if notes.is_file():
+    if notes.is_file() and (folder / "model.safetensors").is_file():
         before = json.loads(notes.read_text(encoding="utf-8"))
         if before["setting"] == given:
             return GPT2LMHeadModel.from_pretrained(folder), before["facts"]
-        notes.unlink()
+    notes.unlink(missing_ok=True)
     model, facts = run()
     model.save_pretrained(folder)
     unfinished = folder / "training.json.unfinished"

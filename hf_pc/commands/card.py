@@ -37,14 +37,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{args.run / 'README.md'} is there already: give --overwrite to replace it")
     if args.base_model:
         results.pop("base_on_hub", None)  # of what the run noted
+    if args.dataset or args.dataset_id:
+        results |= {"dataset": args.dataset, "dataset_id": args.dataset_id}
     noted = results.get("auto_class")
-    auto_class = args.auto_class or (noted if noted in TASKS else "AutoModelForCausalLM")
+    auto_class = args.auto_class or (noted if noted in list(TASKS) else "AutoModelForCausalLM")
     try:
         path = write_card(
             args.run, config, results, model_name=args.run.resolve().name,
             base_model=args.base_model or results.get("base_model", ""),
-            dataset=args.dataset or results.get("dataset") or "a local text",
-            dataset_id=args.dataset_id or results.get("dataset_id"), notes=args.notes, auto_class=auto_class,
+            dataset=results.get("dataset") or results.get("dataset_id") or "a local text",
+            dataset_id=results.get("dataset_id"), notes=args.notes, auto_class=auto_class,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
         raise ValueError(f"{args.run / 'all_results.json'} holds what no run writes: {error}") from error
