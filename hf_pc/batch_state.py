@@ -7,11 +7,13 @@ inputs (Whisper masks its features in place) it writes into a copy.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import Cache
 
 NO_CHECKPOINTING = (
     "PCConfig.dropout='off' does without training mode, in which alone transformers checkpoints activations: use "
@@ -40,8 +42,11 @@ def drop_nothing(model: nn.Module) -> None:
 
 
 def copied(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's inputs, with a copy of every floating-point tensor among them; no model writes to indices."""
-    return {
-        name: value.clone() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in batch.items()
-    }
+    """A model's inputs, with a copy of what it may write to: floating-point tensors and a cache of keys."""
+    return {name: _copied(value) for name, value in batch.items()}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Cache):
+        return copy.deepcopy(value)
+    return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -181,6 +181,7 @@ class PCModel(SavingMixin):
             self._before = None
             self._first_prediction.forget()
             self._parameters = list(self.model.parameters())
+            self._check_hooks()
         batch, labels = self._split(inputs, phase)
         routed = routes(self.model, batch)  # a router's losses are gathered inside the blocks
         forward = self.model if weight_step is None or forward is None else forward
@@ -236,6 +237,16 @@ class PCModel(SavingMixin):
             raise ValueError(
                 f"relaxation_dtype={self.config.relaxation_dtype!r} is not allowed under autocast, where the learning "
                 "pass has no more precision than the sweeps"
+            )
+
+    def _check_hooks(self) -> None:
+        """Raise ValueError where something steps weights as soon as a part of their gradient is there."""
+        in_parts = len(self.phases) > 1 or not self.solver.one_backward
+        if in_parts and any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self._parameters):
+            raise ValueError(
+                "a weight has a hook that runs once its gradient is accumulated, as of optimizers that step in the "
+                f"backward pass; with solver={self.config.solver!r} and learning={self.config.learning!r} they "
+                "come in parts: use solver='error' with learning='plain', or an optimizer that steps behind it"
             )
 
     def _begin(self, batch: Mapping[str, Any], labels: Tensor, phase: Phase, together: bool) -> Relaxation:

@@ -57,10 +57,26 @@ class Node:
         self.energy = energy
         self.precision = precision
         self.step_factor = step_factor
+        #: whether the module's states are [sequence, batch, features]
+        self.time_first = is_time_first(module)
+
+    def batch_first(self, states: Tensor) -> Tensor:
+        """What the module computes, with the batch first; its own inverse."""
+        return states.transpose(0, 1) if self.time_first else states
 
     def attach(self, visit: Callable[[Node, Tensor], Tensor | None]) -> Any:
         """Let `visit(node, mu)` replace the module's output; None leaves it as it is. Returns the hook's handle."""
         return self.module.register_forward_hook(_Hook(self, visit))
+
+
+def is_time_first(module: nn.Module) -> bool:
+    """Whether a module's states are [sequence, batch, features]: those of XLNet's blocks and of torch's transformer
+    layers without `batch_first`, or of a module whose attribute `time_first` says so."""
+    told = getattr(module, "time_first", None)
+    if told is not None:
+        return bool(told)
+    layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    return type(module).__name__ == "XLNetLayer" or (isinstance(module, layers) and not module.self_attn.batch_first)
 
 
 class _Hook:
@@ -77,9 +93,10 @@ class _Hook:
                 f"node {self.node.name!r} ({type(module).__name__}) returns {type(output).__name__}, which holds no "
                 "tensor first: choose a module that returns a tensor or a tuple that begins with one"
             )
-        state = self.visit(self.node, mu)
+        state = self.visit(self.node, self.node.batch_first(mu))
         if state is None:
             return None
+        state = self.node.batch_first(state)
         if output is mu:
             return state
         rest = output[1:]

@@ -48,8 +48,10 @@ def _longest_list(model: nn.Module, least: int) -> dict[str, nn.Module]:
     """The longest list of equal modules; of lists of one, which hold a shared layer, the innermost."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        longer = isinstance(module, nn.ModuleList) and len(module) >= max(least, len(found) + (least > 1))
-        if longer and len(set(map(type, module))) == 1:
+        if not isinstance(module, nn.ModuleList) or len(module) < max(least, len(found) + (least > 1)):
+            continue
+        kinds = set(map(type, module))
+        if len(kinds) == 1 and not isinstance(module[0], (nn.ModuleList, nn.ModuleDict)):  # which are never called
             found = {f"{name}.{i}": child for i, child in enumerate(module)}
     return found
 

@@ -12,7 +12,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_pc.energies import wide
 from hf_pc.learning import PLAIN, Phase
@@ -236,6 +236,12 @@ class Relaxation:
                     f"node {node.name!r} has an output of shape {tuple(mu.shape)}, whose first dimension is no "
                     f"multiple of the batch size {self.batch}: only modules that keep sequences apart can be nodes"
                 )
+            if len(mu) != self.batch and mu.dim() == 3 and mu.shape[1] == self.batch and _may_be_time_first(node):
+                raise ValueError(
+                    f"node {node.name!r} has an output of shape {tuple(mu.shape)} in a batch of {self.batch}, and "
+                    "holds attention without batch_first: say whether its states are [sequence, batch, features], "
+                    f"by an attribute time_first of the module ({type(node.module).__name__}), True or False"
+                )
             label = f"{node.name}#{visit}" if visit else node.name
             sites.append(Site(node, label, mu, self._strength, self.batch))
             self.sites.append(sites[-1])
@@ -403,6 +409,12 @@ class Relaxation:
 
 def _together(values: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack([value.to(device) for value in values])
+
+
+def _may_be_time_first(node: Node) -> bool:
+    attentions = (m for m in node.module.modules() if isinstance(m, nn.MultiheadAttention))
+    told = node.time_first or hasattr(node.module, "time_first")
+    return not told and any(not attention.batch_first for attention in attentions)
 
 
 def known_to_hold(flags: Tensor) -> bool:

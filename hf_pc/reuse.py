@@ -162,7 +162,7 @@ def _once_reached(node: Node, relaxation: Relaxation, random: RandomState) -> Ca
             return compute(*args, **kwargs)
         form, behind = found[0]
         behind.restore()
-        return _each(lambda part: site.leaf.detach().to(part.dtype), form)
+        return _each(lambda part: node.batch_first(site.leaf.detach()).to(part.dtype), form)
 
     return forward
 

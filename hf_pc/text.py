@@ -81,7 +81,9 @@ def choose_block_size(asked: int | None, model: Any, tokenizer: Any) -> int:
     Raises:
         ValueError: it was asked for more than the model has positions for.
     """
-    positions: int = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    positions: int = getattr(model.config, "max_position_embeddings", None) or 0
+    if positions < 1:  # XLNet says -1 of positions without end
+        positions = tokenizer.model_max_length
     if asked is not None and asked > positions:
         raise ValueError(f"--block_size {asked} is over the {positions} positions of the model")
     return asked or min(1024, positions)

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         begin("loading the model")
         model = _load(args).eval()
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if model.main_input_name != "pixel_values" and positions and args.sequence > positions:
+        if model.main_input_name != "pixel_values" and positions and 0 < positions < args.sequence:
             raise ValueError(f"--sequence {args.sequence} is over the {positions} positions of the model")
         batch = random_batch(model, args.batch, args.sequence)
         begin("gradients at T = 1")
