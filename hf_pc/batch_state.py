@@ -42,7 +42,7 @@ def drop_nothing(model: nn.Module) -> None:
 
 
 def copied(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's inputs, with a copy of what it may write to: floating-point tensors and a cache of keys."""
+    """A model's inputs, with a copy of what it may write to: floating-point tensors and a cache of keys and values."""
     return {name: _copied(value) for name, value in batch.items()}
 
 

@@ -245,8 +245,8 @@ class PCModel(SavingMixin):
         if in_parts and any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self._parameters):
             raise ValueError(
                 "a weight has a hook that runs once its gradient is accumulated, as of optimizers that step in the "
-                f"backward pass; with solver={self.config.solver!r} and learning={self.config.learning!r} they "
-                "come in parts: use solver='error' with learning='plain', or an optimizer that steps behind it"
+                f"backward pass; solver={self.config.solver!r} and learning={self.config.learning!r} accumulate "
+                "gradients in parts: use solver='error' with learning='plain', or an optimizer that steps afterwards"
             )
 
     def _begin(self, batch: Mapping[str, Any], labels: Tensor, phase: Phase, together: bool) -> Relaxation:

@@ -40,6 +40,7 @@ class Node:
         precision: 1 / sigma^2 for this node alone; None leaves it to the configuration.
         step_factor: how large this node's steps are beside those of the others.
         in_nats: relative_std counts in nats, 1 / sqrt(precision), and not in the activity of each token.
+        time_first: the module's states are [sequence, batch, features]; None where nothing says so or not.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Node:
         precision: float | None = None,
         step_factor: float = 1.0,
         in_nats: bool = False,
+        time_first: bool | None = None,
     ) -> None:
         self.in_nats = in_nats
         self.name = name
@@ -57,8 +59,7 @@ class Node:
         self.energy = energy
         self.precision = precision
         self.step_factor = step_factor
-        #: whether the module's states are [sequence, batch, features]
-        self.time_first = is_time_first(module)
+        self.time_first = time_first
 
     def batch_first(self, states: Tensor) -> Tensor:
         """What the module computes, with the batch first; its own inverse."""
@@ -67,16 +68,6 @@ class Node:
     def attach(self, visit: Callable[[Node, Tensor], Tensor | None]) -> Any:
         """Let `visit(node, mu)` replace the module's output; None leaves it as it is. Returns the hook's handle."""
         return self.module.register_forward_hook(_Hook(self, visit))
-
-
-def is_time_first(module: nn.Module) -> bool:
-    """Whether a module's states are [sequence, batch, features]: those of XLNet's blocks and of torch's transformer
-    layers without `batch_first`, or of a module whose attribute `time_first` says so."""
-    told = getattr(module, "time_first", None)
-    if told is not None:
-        return bool(told)
-    layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-    return type(module).__name__ == "XLNetLayer" or (isinstance(module, layers) and not module.self_attn.batch_first)
 
 
 class _Hook:

@@ -76,7 +76,8 @@ class Output(ABC):
         told = getattr(model, "shifts_labels", getattr(base, "shifts_labels", None))
         shifted = causal and not encoder_decoder if told is None else bool(told)
         virtual = virtual_tokens(model) if shifted else 0
-        kind = ClassifierOutput if chosen and problem is None and _asks_labels(base, loss) else OUTPUTS[name]
+        asks = chosen and config is not None and problem is None and _asks_labels(base, loss)
+        kind = ClassifierOutput if asks else OUTPUTS[name]
         return kind(shifted, keep_labels=encoder_decoder, virtual=virtual, chosen=chosen)
 
     def split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:

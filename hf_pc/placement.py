@@ -50,8 +50,9 @@ def _longest_list(model: nn.Module, least: int) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) < max(least, len(found) + (least > 1)):
             continue
-        kinds = set(map(type, module))
-        if len(kinds) == 1 and not isinstance(module[0], (nn.ModuleList, nn.ModuleDict)):  # which are never called
+        if len(set(map(type, module))) == 1 and not isinstance(
+            module[0], (nn.ModuleList, nn.ModuleDict)
+        ):  # which are never called
             found = {f"{name}.{i}": child for i, child in enumerate(module)}
     return found
 
@@ -175,6 +176,29 @@ def _check_weights(model: nn.Module) -> None:
                              "through: load the model in float32 or bfloat16")  # fmt: skip
 
 
+def time_first(model: nn.Module, name: str) -> bool | None:
+    """Whether the states of a module are [sequence, batch, features], by what it or the innermost module around it
+    says; None where none of them does.
+
+    An attribute `time_first` says so, XLNet's blocks have it so, and torch's transformer layers and attention have it
+    so without `batch_first`.
+    """
+    path = name.split(".")
+    around = (model.get_submodule(".".join(path[:end])) for end in range(len(path), -1, -1))
+    return next((told for module in around if (told := _says_time_first(module)) is not None), None)
+
+
+def _says_time_first(module: nn.Module) -> bool | None:
+    told: bool | None = getattr(module, "time_first", None)
+    if told is None and isinstance(module, nn.MultiheadAttention):
+        told = not module.batch_first
+    elif told is None and isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        told = not module.self_attn.batch_first
+    elif told is None and type(module).__name__ == "XLNetLayer":
+        told = True
+    return told
+
+
 def resolve(model: nn.Module, config: PCConfig) -> list[Node]:
     """The nodes that a configuration puts on a model, in the order of its modules.
 
@@ -193,7 +217,8 @@ def resolve(model: nn.Module, config: PCConfig) -> list[Node]:
             if name in chosen:
                 raise ValueError(f"module {name!r} matches {spec.pattern!r} and another of the nodes: one rule each")
             energy = ENERGIES[spec.energy or config.energy]()
-            chosen[name] = Node(name, module, energy, spec.precision, spec.step_factor)
+            first = time_first(model, name)
+            chosen[name] = Node(name, module, energy, spec.precision, spec.step_factor, time_first=first)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     nodes = sorted(chosen.values(), key=lambda node: order[node.name])
     if config.compile:

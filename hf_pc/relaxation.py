@@ -412,9 +412,8 @@ def _together(values: list[Tensor], device: torch.device) -> Tensor:
 
 
 def _may_be_time_first(node: Node) -> bool:
-    attentions = (m for m in node.module.modules() if isinstance(m, nn.MultiheadAttention))
-    told = node.time_first or hasattr(node.module, "time_first")
-    return not told and any(not attention.batch_first for attention in attentions)
+    attentions = (module for module in node.module.modules() if isinstance(module, nn.MultiheadAttention))
+    return node.time_first is None and any(not attention.batch_first for attention in attentions)
 
 
 def known_to_hold(flags: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, XLNetConfig, XLNetLMHeadModel
 
 from hf_pc import PCConfig, PCModel
+from hf_pc.distributed import SplitPCModel
 
 
 class Encoder(nn.Module):
@@ -52,6 +53,23 @@ def test_sequences_are_kept_apart(solver: str, name: str) -> None:
     found, expected = (gradients(model, ids, config, at_once) for at_once in (True, False))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("nodes", ["block", "linear", [r"encoder\.layers\.\d+\.self_attn"]])
+def test_what_is_inside_follows_what_is_around_it(nodes: Any) -> None:
+    """Nodes inside such a block keep sequences apart too."""
+    ids = torch.randint(0, 50, (4, 12))
+    config = PCConfig(sweeps=6, precision=10.0, nodes=nodes)
+    found, expected = (gradients(Encoder(False).double(), ids, config, at_once) for at_once in (True, False))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+def test_such_blocks_are_not_split() -> None:
+    """Between processes states have the batch first."""
+    model = XLNetLMHeadModel(XLNetConfig(vocab_size=50, d_model=16, n_layer=2, n_head=2, d_inner=32))
+    with pytest.raises(ValueError, match=r"XLNetLMHeadModel cannot be split: .*are \[sequence, batch, features\]"):
+        SplitPCModel(model, PCConfig(solver="state"))
 
 
 def test_the_order_of_dimensions_changes_nothing() -> None:

@@ -321,8 +321,9 @@ def compare(
 
     def run(name: str, seed: int, rate: float) -> tuple[GPT2LMHeadModel, dict[str, Any]]:
         config = methods[name]
-        depends = {key: value for key, value in vars(args).items() if key not in ELSEWHERE} | setting
-        depends |= {"text and code": same, "config": config.to_dict() if config else None, "seed": seed, "rate": rate}
+        depends = {key: value for key, value in vars(args).items() if key not in ELSEWHERE}
+        depends |= {"machine": setting["machine"], "text and code": same, "seed": seed, "rate": rate}
+        depends["config"] = config.to_dict() if config else None
         folder = args.output_dir / "trainings" / f"{name}, seed {seed}, {rate:g}"
         model, facts = kept(folder, depends, partial(trained, name, seed, rate))
         return model.to(device), facts

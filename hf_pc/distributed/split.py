@@ -39,7 +39,7 @@ from hf_pc.hub import push
 from hf_pc.model import PCModel
 from hf_pc.node import LEARN, Boundary, Node
 from hf_pc.output import IGNORED
-from hf_pc.placement import blocks
+from hf_pc.placement import blocks, time_first
 from hf_pc.processes import at_once, by_all, process_count, same_everywhere
 from hf_pc.processes import gathered as every_process
 from hf_pc.report import RelaxationOutput
@@ -87,6 +87,11 @@ class SplitPCModel(PCModel):
             _check_config(config)
             if drop := layer_drop(model):
                 raise ValueError(f"{drop} cannot be split: processes would leave out different blocks; set it to 0")
+            if first := next((name for name in found if time_first(model, name)), None):
+                raise ValueError(
+                    f"{type(base_model(model)).__name__} cannot be split: the states of its block {first!r} are "
+                    "[sequence, batch, features]"
+                )
             chain = trace(model, _example(model, example))
             counts = check_counts(split, len(found), process_count()) if split else balanced(model, chain)
         except ValueError as error:
