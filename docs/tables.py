@@ -175,6 +175,8 @@ TABLES: dict[str, dict[str, Column]] = {
         **REGIME,
     },
     "half_limited": {
+        "target": lambda line: format(line["settings"]["relaxed_fraction"], "g"),
+        "T": lambda line: str(line["settings"]["sweeps"]),
         "limit": lambda line: format(line["settings"]["bias_limit"], "g"),
         "seed": field("seed"),
         "perplexity": field("test_perplexity", ".3f"),
