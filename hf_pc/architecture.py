@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 
 
@@ -15,6 +16,36 @@ def base_model(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT model, or the model itself."""
     get = getattr(model, "get_base_model", None)
     return get() if callable(get) else model
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model has a decoder that reads what an encoder made of other inputs."""
+    return bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
+
+
+def loaded_by(settings: Mapping[str, Any] | None) -> Any:
+    """What of transformers loads a checkpoint with these settings in its config.json.
+
+    It is the class that the checkpoint was saved from; AutoModelForCausalLM where that has no head, is none of
+    transformers', or comes with code of its own.
+    """
+    settings = settings if isinstance(settings, Mapping) else {}
+    names = settings.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    headed = isinstance(name, str) and ("For" in name or "LMHead" in name) and "PreTraining" not in name
+    found = getattr(transformers, name, None) if headed and not settings.get("auto_map") else None  # type: ignore[arg-type]
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModelForCausalLM
+
+
+def positions(model: nn.Module) -> int | None:
+    """How many tokens a model has positions for; None if it does not say, or has them without end."""
+    config: Any = base_model(model).config
+    for name in ("max_position_embeddings", "max_target_positions"):
+        found = getattr(config.get_text_config(), name, None)
+        if isinstance(found, int) and found > 0:  # XLNet says -1 of positions without end
+            return found
+    return None
 
 
 @contextmanager
@@ -45,7 +76,7 @@ def text_tower(model: nn.Module) -> str | None:
     base = base_model(model)
     config = getattr(base, "config", None)
     placed = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
-    if getattr(config, "is_encoder_decoder", False) or all(getattr(config, name, None) is None for name in placed):
+    if is_encoder_decoder(model) or all(getattr(config, name, None) is None for name in placed):
         return None
     decoder: Any = getattr(base, "get_decoder", lambda: None)()
     return next((name for name, module in model.named_modules() if module is decoder and module is not base), None)

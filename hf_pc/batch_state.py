@@ -1,8 +1,8 @@
 """What a pass over a batch leaves behind beside its outputs, so that a step of many passes leaves it once.
 
-BatchNorm's running statistics count a batch in the pass at rest alone, as they would in a step of backprop: later ones
-see states that have seen the labels. Where nothing is learned they do not count it. What a model writes into its
-inputs (Whisper masks its features in place) it writes into a copy.
+The running statistics of BatchNorm and InstanceNorm count a batch in the pass at rest alone, as they would in a step
+of backprop: later ones see states that have seen the labels. Where nothing is learned they do not count it. What a
+model writes into its inputs (Whisper masks its features in place) it writes into a copy.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from transformers import Cache
 
 NO_CHECKPOINTING = (
@@ -22,20 +22,24 @@ NO_CHECKPOINTING = (
 
 
 class RunningStatistics:
-    """Those of a model's BatchNorms, which may be held as they are."""
+    """Those of a model's BatchNorms and InstanceNorms, which may be held as they are."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+        self._norms = [norm for norm in norms if isinstance(norm, _BatchNorm)]
+        self._momenta = {norm: norm.momentum for norm in norms if not isinstance(norm, _BatchNorm)}
 
     def hold(self, held: bool) -> None:
         """Whether passes in training mode leave them alone; they normalise by the batch all the same."""
-        for norm in self._norms:
-            norm.track_running_stats = not held
+        for batch_norm in self._norms:
+            batch_norm.track_running_stats = not held
+        for norm, momentum in self._momenta.items():
+            norm.momentum = 0.0 if held else momentum
 
 
 def drop_nothing(model: nn.Module) -> None:
-    """Put a model into evaluation mode, but for BatchNorms that train."""
-    training = [module for module in model.modules() if module.training and isinstance(module, _BatchNorm)]
+    """Put a model into evaluation mode, but for norms with running statistics that train."""
+    training = [module for module in model.modules() if module.training and isinstance(module, _NormBase)]
     model.eval()
     for module in training:
         module.train()

@@ -114,7 +114,7 @@ class PCConfig:
         tolerance: residual under which a sequence is at rest and moves no more (with step "auto"); the relaxation
             ends once all are. 0 never stops early.
         dropout: "replay" (each sweep of a step sees the same mask) or "off" (no dropout while training by PC: all but
-            BatchNorm is in evaluation mode, in which transformers checkpoints no activations).
+            norms with running statistics is in evaluation mode, in which transformers checkpoints no activations).
         relaxation_dtype: "bfloat16" or "float16": sweeps between the first and the last run under `torch.autocast` in
             it (solvers "error" and "langevin", weights in float32; errors stay in float32). None relaxes as it learns.
         compile: `torch.compile` the forward of each node's module and the output energy; not with attention logits or

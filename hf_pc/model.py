@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_pc.architecture import auxiliary_loss, base_model, evaluating, is_checkpointing, layer_drop, routes
+from hf_pc.architecture import (
+    auxiliary_loss,
+    base_model,
+    evaluating,
+    is_checkpointing,
+    is_encoder_decoder,
+    layer_drop,
+    routes,
+)
 from hf_pc.attention import AttentionNodes
 from hf_pc.batch_state import NO_CHECKPOINTING, RunningStatistics, copied, drop_nothing
 from hf_pc.compilation import compile_parts
@@ -181,7 +189,8 @@ class PCModel(SavingMixin):
             self._before = None
             self._first_prediction.forget()
             self._parameters = list(self.model.parameters())
-            self._check_hooks()
+            if learns:
+                self._check_hooks()
         batch, labels = self._split(inputs, phase)
         routed = routes(self.model, batch)  # a router's losses are gathered inside the blocks
         forward = self.model if weight_step is None or forward is None else forward
@@ -255,7 +264,7 @@ class PCModel(SavingMixin):
         signs = self.steering.signs(len(labels), labels.device) if phase.mirrored else None
         count = labels.ne(IGNORED).sum()
         relaxation = Relaxation(len(labels), count, strength, self.solver.join, phase, self._before, signs, self.share)
-        if not self.output.keep_labels:  # the mask of an encoder is none of its decoder
+        if not is_encoder_decoder(self.model):  # the mask of an encoder is none of its decoder
             relaxation.note_padding(batch.get("attention_mask"))
         if together:
             device = self._parameters[0].device

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForSequenceClassificationLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_pc.architecture import base_model, virtual_tokens
+from hf_pc.architecture import base_model, is_encoder_decoder, virtual_tokens
 from hf_pc.registry import Registry
 
 IGNORED = -100
@@ -42,7 +42,8 @@ class Output(ABC):
 
     Args:
         shifted: logits at position i predict the label at i + 1, as in causal language models.
-        keep_labels: labels stay among the model's inputs, as encoder-decoders build the decoder's input from them.
+        keep_labels: labels stay among the model's inputs: encoder-decoders build the decoder's input from them, and
+            forwards of users' own may have no default for them.
         virtual: positions that PEFT's prompt tuning puts before each sequence, which have no labels.
         chosen: the kind of output was found from the model's class, whose own loss of numbers ignores none.
     """
@@ -63,7 +64,7 @@ class Output(ABC):
         base = base_model(model)
         config = getattr(base, "config", None)
         kinds = {kind.__name__ for kind in type(base).__mro__}  # sharding, and users, derive classes of their own
-        encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        encoder_decoder = is_encoder_decoder(model)
         loss = LOSS_MAPPING.get(getattr(base, "loss_type", None) or "")
         named = loss is None and not kinds.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         causal = kinds.isdisjoint(UNSHIFTED) and (named or loss is ForCausalLMLoss)
@@ -78,7 +79,7 @@ class Output(ABC):
         virtual = virtual_tokens(model) if shifted else 0
         asks = chosen and config is not None and problem is None and _asks_labels(base, loss)
         kind = ClassifierOutput if asks else OUTPUTS[name]
-        return kind(shifted, keep_labels=encoder_decoder, virtual=virtual, chosen=chosen)
+        return kind(shifted, keep_labels=encoder_decoder or _demands_labels(base), virtual=virtual, chosen=chosen)
 
     def split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
         """The model's inputs and the labels, aligned with the logits.
@@ -115,6 +116,11 @@ class Output(ABC):
         The latter, [batch], is for models with a term of their own, such as a latent's divergence from its prior.
         With `checked` the labels were in range before, and are not looked at, which would wait for a GPU.
         """
+        if not isinstance(outputs, Mapping):
+            raise ValueError(
+                f'the model\'s forward returns a {type(outputs).__name__}: a dictionary with "logits" is needed, as '
+                "a ModelOutput is"
+            )
         if "logits" not in outputs:
             raise ValueError(
                 "the model returns no logits, which labels are compared with: a class with a head is needed"
@@ -285,6 +291,12 @@ class ClassifierOutput(CategoricalOutput):
 
 
 ONE_CLASS, SEVERAL_LABELS = CategoricalOutput(chosen=True), BernoulliOutput(chosen=True)
+
+
+def _demands_labels(model: nn.Module) -> bool:
+    """Whether a model's forward cannot be called without labels."""
+    labels = inspect.signature(model.forward).parameters.get("labels")
+    return labels is not None and labels.default is inspect.Parameter.empty
 
 
 def _asks_labels(model: nn.Module, loss: Any) -> bool:

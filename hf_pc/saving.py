@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 
+from hf_pc.architecture import loaded_by
 from hf_pc.attention import AttentionNodes
 from hf_pc.config import PCConfig, read_json
 from hf_pc.node import Node
@@ -73,16 +74,15 @@ class SavingMixin:
 
         Args:
             path_or_repo: a folder or a Hub repository.
-            auto_class: such as AutoModelForCausalLM, the default.
+            auto_class: such as AutoModelForCausalLM; default: the class that the model was saved from.
             config: used instead of `pc_config.json`.
             kwargs: for `auto_class.from_pretrained`; revision, token, cache_dir and subfolder go to both.
         """
-        from transformers import AutoModelForCausalLM
-
         hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder") if k in kwargs}
         found = None if config else read_json(path_or_repo, STATE_NAME, **hub)
         config = config or PCConfig.from_pretrained(path_or_repo, **hub)
-        pc = cls((auto_class or AutoModelForCausalLM).from_pretrained(path_or_repo, **kwargs), config)
+        auto_class = auto_class or loaded_by(read_json(path_or_repo, "config.json", **hub))
+        pc = cls(auto_class.from_pretrained(path_or_repo, **kwargs), config)
         if found is not None:
             pc.load_state_dict(found)
         return pc

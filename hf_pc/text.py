@@ -8,6 +8,8 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from hf_pc.architecture import positions
+
 
 def check_file(name: str, path: Path) -> None:
     """Raise ValueError, naming the flag, unless `path` is a file of UTF-8 that holds something."""
@@ -81,12 +83,10 @@ def choose_block_size(asked: int | None, model: Any, tokenizer: Any) -> int:
     Raises:
         ValueError: it was asked for more than the model has positions for.
     """
-    positions: int = getattr(model.config, "max_position_embeddings", None) or 0
-    if positions < 1:  # XLNet says -1 of positions without end
-        positions = tokenizer.model_max_length
-    if asked is not None and asked > positions:
-        raise ValueError(f"--block_size {asked} is over the {positions} positions of the model")
-    return asked or min(1024, positions)
+    room: int = positions(model) or tokenizer.model_max_length
+    if asked is not None and asked > room:
+        raise ValueError(f"--block_size {asked} is over the {room} positions of the model")
+    return asked or min(1024, room)
 
 
 def blocks_of(data: DatasetDict, tokenizer: Any, block_size: int) -> DatasetDict:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_invariants import batch, make
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
@@ -53,10 +54,13 @@ def test_no_dropout_does_not_end_checkpointing_unasked() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_running_statistics_count_a_batch_once(way: dict[str, Any]) -> None:
-    """BatchNorm's are those of a plain forward pass in training mode, and a later one counts again."""
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_running_statistics_count_a_batch_once(kind: Any, way: dict[str, Any]) -> None:
+    """They are those of a plain forward pass in training mode, and a later one counts again."""
     inputs = {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 1, 2, 0])}
     plain, model = resnet(), resnet()
+    for embedder in (plain.resnet.embedder.embedder, model.resnet.embedder.embedder):
+        embedder.normalization = kind(8, track_running_stats=True)
     pc = PCModel(model, PCConfig(sweeps=4, relative_std=0.3, **way))
     for _ in range(2):
         plain(pixel_values=inputs["pixel_values"])
@@ -64,7 +68,7 @@ def test_running_statistics_count_a_batch_once(way: dict[str, Any]) -> None:
     pc.relax(**inputs)  # learns nothing, and counts nothing
     for (name, found), expected in zip(model.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(found, expected, msg=name)
-    assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert all(m.track_running_stats and m.momentum for m in model.modules() if isinstance(m, _NormBase))
 
 
 def whisper() -> Any:

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from test_invariants import make
 from test_reuse import mixtral
 from test_trainer import trainer
-from transformers import BertConfig, T5Config, ViTConfig
+from transformers import BertConfig, BertForMaskedLM, T5Config, ViTConfig, WhisperConfig
 
 from hf_pc import PCConfig
 from hf_pc.cli import COMMANDS, main
@@ -110,6 +110,22 @@ def test_doctor_of_a_classifier_with_random_weights(tmp_path: Path, capsys: pyte
     assert rows["several processes"]["verdict"] == "warning"
     assert main(["doctor", str(tmp_path), "--auto_class", kind]) == 2  # there are no weights
     assert capsys.readouterr().err.startswith("hf-pc: ")
+
+
+def test_doctor_builds_the_class_that_was_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A masked language model is checked as one, with no --auto_class; a sequence over the positions is refused."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=50, **sizes)).save_pretrained(tmp_path / "bert")
+    for weights in ([], ["--random_weights"]):
+        assert main(["doctor", str(tmp_path / "bert"), *weights, "--sequence", "8", "--json"]) == 0
+        rows = {row["check"]: row for row in json.loads(capsys.readouterr().out)}
+        assert rows["output energy against the model's own loss"]["value"] == "the same"  # not shifted
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    whisper = WhisperConfig(d_model=16, encoder_layers=1, decoder_layers=1, max_target_positions=16, **heads)
+    whisper.architectures = ["WhisperForConditionalGeneration"]
+    whisper.save_pretrained(tmp_path / "whisper")
+    assert main(["doctor", str(tmp_path / "whisper"), "--random_weights", "--sequence", "17"]) == 2
+    assert "--sequence 17 is over the 16 positions" in capsys.readouterr().err
 
 
 def test_doctor_fails_where_gradients_are_wrong(

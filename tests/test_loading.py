@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from hf_pc import PCConfig, PCModel
-from hf_pc.commands.loading import auto_class, random_batch, random_input, refuse_adapter, smallest_input
+from hf_pc.commands.loading import model_class, random_batch, random_input, refuse_adapter, smallest_input
 from hf_pc.output import Output
 
 SIZE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -36,7 +36,7 @@ def test_classes_that_load_no_model_are_named() -> None:
     """Only the AutoModel classes of transformers load a model."""
     for name in ("BertModel", "AutoModelForNothing"):
         with pytest.raises(ValueError, match=f"--auto_class '{name}' is no AutoModel class"):
-            auto_class(argparse.Namespace(auto_class=name))
+            model_class(argparse.Namespace(auto_class=name), BertConfig())
 
 
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:

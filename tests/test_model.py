@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,18 @@ import torch
 from test_invariants import batch, make
 from test_reuse import albert
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
+    set_seed,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_pc import PCConfig, PCModel
+from hf_pc.architecture import loaded_by
 
 
 @pytest.mark.parametrize("step_size", ["auto", 0.9])
@@ -53,6 +62,23 @@ def test_from_pretrained_restores_the_nodes(tmp_path: Path) -> None:
     (tmp_path / "pc_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"pc_config\.json"):
         PCModel.from_pretrained(tmp_path)
+
+
+def test_from_pretrained_builds_the_class_that_was_saved(tmp_path: Path) -> None:
+    """A masked language model comes back as one; where a configuration does not tell, it is a causal one."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    PCModel(BertForMaskedLM(BertConfig(vocab_size=50, intermediate_size=32, **sizes))).save_pretrained(tmp_path)
+    loaded = PCModel.from_pretrained(tmp_path)
+    assert type(loaded.model) is BertForMaskedLM
+    assert not loaded.output.shifted
+    kind = AutoModelForTokenClassification
+    assert type(PCModel.from_pretrained(tmp_path, auto_class=kind).model) is BertForTokenClassification
+    found = json.loads((tmp_path / "config.json").read_text())
+    others = ["BertModel"], ["BertForPreTraining"], ["NoModelForNothing"], ["AutoModelForMaskedLM"]
+    for names in (None, "Bert", 3, *others):
+        assert loaded_by(found | {"architectures": names}) is AutoModelForCausalLM
+    assert loaded_by(found | {"auto_map": {"AutoModelForCausalLM": "own.Model"}}) is AutoModelForCausalLM
+    assert loaded_by(None) is AutoModelForCausalLM
 
 
 def test_push_uploads_model_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.distributions import Bernoulli, Categorical, Normal
@@ -44,6 +46,40 @@ def test_ignored_labels_cost_nothing() -> None:
         labels[:, 1:] = -100
         kept = output.energy(logits[:, :1], labels[:, :1])
         torch.testing.assert_close(output.energy(logits, labels), kept)
+
+
+class Demanding(GPT2LMHeadModel):
+    """A forward of a user's own, which is to be given labels."""
+
+    def forward(self, input_ids: Any, labels: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        assert labels is not None
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
+def test_a_forward_that_demands_labels_is_given_them() -> None:
+    """It relaxes and learns as one that does not."""
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    ids = torch.randint(0, 50, (2, 6))
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    reports = []
+    for kind in (GPT2LMHeadModel, Demanding):
+        torch.manual_seed(0)
+        pc = PCModel(kind(config).eval(), PCConfig(sweeps=3, relative_std=0.2))
+        reports.append(pc.accumulate_grad(input_ids=ids, attention_mask=mask, labels=ids).free_energy)
+    assert reports[0] == reports[1]
+
+
+def test_a_forward_without_named_outputs_is_refused() -> None:
+    """A tuple or a tensor does not say which part of it labels are compared with."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2))
+    ids = torch.randint(0, 50, (2, 6))
+    whole = model.forward
+    for name, part in (("tuple", lambda **inputs: whole(**inputs).to_tuple()),
+                       ("Tensor", lambda **inputs: whole(**inputs).logits)):  # fmt: skip
+        model.forward = part
+        with pytest.raises(ValueError, match=f"the model's forward returns a {name}: a dictionary with"):
+            PCModel(model).relax(input_ids=ids, labels=ids)
 
 
 @pytest.mark.parametrize(

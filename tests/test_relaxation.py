@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import ReformerConfig, ReformerModelWithLMHead, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_pc import PCConfig, PCModel
@@ -55,3 +55,21 @@ def test_padding_is_found_in_states_of_its_own_shape(shape: tuple[int, ...], log
         if holds:
             expected[1, ..., 2:, :] = 0
         assert torch.equal(relaxation.without_padding(site, values), expected)
+
+
+def test_nodes_that_no_signal_can_come_to_are_refused() -> None:
+    """Reversible layers run without a graph, and again in the backward pass: states in them could never relax."""
+    config = ReformerConfig(
+        vocab_size=50, hidden_size=16, attention_head_size=8, num_attention_heads=2, feed_forward_size=16,
+        attn_layers=["local", "local"], local_attn_chunk_length=4, axial_pos_embds=False, max_position_embeddings=16,
+        is_decoder=True,
+    )  # fmt: skip
+    model = ReformerModelWithLMHead(config)
+    ids = torch.randint(0, 50, (2, 8))
+    pc = PCModel(model, PCConfig(sweeps=3, relative_std=0.2))
+    with pytest.raises(ValueError, match="ran where no gradient is recorded, as in the reversible layers of Reformer"):
+        pc.relax(input_ids=ids, labels=ids)
+    pc.detach()
+    around = PCModel(model, PCConfig(nodes="reformer.encoder", sweeps=3, relative_std=0.2))
+    with torch.no_grad():  # in which relax() is allowed
+        assert around.relax(input_ids=ids, labels=ids).relaxed_fraction > 0

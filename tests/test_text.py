@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict
+from transformers import GPT2Config, XLNetConfig
 
 from hf_pc.text import blocks_of, choose_block_size, hold_out, load_files
 
@@ -53,11 +54,11 @@ def test_blocks_are_whole() -> None:
 
 def test_a_block_fits_the_model() -> None:
     """As long as asked for, or as the model has positions, at most 1,024; more than it has is refused."""
-    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64))
-    other = SimpleNamespace(config=SimpleNamespace())
+    model, other = (SimpleNamespace(config=config) for config in (GPT2Config(n_positions=64), XLNetConfig()))
     words = SimpleNamespace(model_max_length=4096)
     assert choose_block_size(None, model, words) == 64
     assert choose_block_size(32, model, words) == 32
-    assert choose_block_size(None, other, words) == 1024
+    assert choose_block_size(None, other, words) == 1024  # without end, says XLNet by -1
+    assert choose_block_size(None, other, SimpleNamespace(model_max_length=512)) == 512
     with pytest.raises(ValueError, match="--block_size 65 is over the 64 positions of the model"):
         choose_block_size(65, model, words)

@@ -117,6 +117,7 @@ def test_weights_that_step_in_the_backward_pass(settings: dict[str, Any]) -> Non
         parameter.register_post_accumulate_grad_hook(lambda p: None)
     with pytest.raises(ValueError, match="a weight has a hook that runs once its gradient is accumulated"):
         PCModel(model, PCConfig(**settings)).accumulate_grad(**batch())
+    assert PCModel(model, PCConfig(**settings)).relax(**batch()).sweeps > 1  # from which nothing learns
     model = make("gpt2")
     calls: list[Tensor] = []
     for parameter in model.parameters():

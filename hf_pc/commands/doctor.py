@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from hf_pc.architecture import layer_drop
-from hf_pc.commands.loading import add_model_arguments, auto_class, random_batch, refuse_adapter, without_weights
+from hf_pc.architecture import layer_drop, positions
+from hf_pc.commands.loading import add_model_arguments, from_config, model_class, random_batch, read_config
 from hf_pc.commands.waiting import stages
 from hf_pc.config import PCConfig
 from hf_pc.diagnostics import compare_with_backprop, largest_curvature
@@ -51,9 +51,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     with stages(7) as begin:
         begin("loading the model")
         model = _load(args).eval()
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if model.main_input_name != "pixel_values" and positions and 0 < positions < args.sequence:
-            raise ValueError(f"--sequence {args.sequence} is over the {positions} positions of the model")
+        room = positions(model)
+        if model.main_input_name != "pixel_values" and room is not None and room < args.sequence:
+            raise ValueError(f"--sequence {args.sequence} is over the {room} positions of the model")
         batch = random_batch(model, args.batch, args.sequence)
         begin("gradients at T = 1")
         rows = [_nodes(model, config), _loss(model, batch), _one_sweep(model, config, batch)]
@@ -90,12 +90,11 @@ def _row(check: str, value: Any, verdict: str, note: str = "") -> dict[str, Any]
 
 
 def _load(args: argparse.Namespace) -> Any:
+    config = read_config(args)
     if not args.random_weights:
-        refuse_adapter(args)
-        return auto_class(args).from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    config = without_weights(args).config
+        return model_class(args, config).from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     torch.manual_seed(0)
-    return auto_class(args).from_config(config, trust_remote_code=args.trust_remote_code)
+    return from_config(args, config)
 
 
 def _nodes(model: Any, config: PCConfig) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
+from hf_pc.architecture import loaded_by
 from hf_pc.refusals import check_targets
 
 
@@ -16,18 +18,35 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, any_class: bool = Tr
     parser.add_argument("model", help="a folder or a Hub repository")
     parser.add_argument("--nodes", default="block", help="preset or pattern, several separated by commas")
     if any_class:
-        parser.add_argument("--auto_class", default="AutoModelForCausalLM", help="class of transformers to build")
+        parser.add_argument("--auto_class", help="class of transformers to build; default: its own")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
 
 
-def auto_class(args: argparse.Namespace) -> Any:
-    """Raises ValueError if `args.auto_class` is none of transformers'."""
-    import transformers
+def model_class(args: argparse.Namespace, config: Any) -> Any:
+    """What loads a model: `args.auto_class`, or the class that a checkpoint with this configuration was saved from.
 
+    Raises ValueError if `args.auto_class` is none of transformers'.
+    """
+    if args.auto_class is None:
+        return loaded_by(config.to_dict())
     found = getattr(transformers, args.auto_class, None)
     if not args.auto_class.startswith("AutoModel") or found is None:
         raise ValueError(f"--auto_class {args.auto_class!r} is no AutoModel class of transformers")
     return found
+
+
+def read_config(args: argparse.Namespace) -> Any:
+    """The configuration of a checkpoint. Raises OSError if there is no such model, ValueError if it is an adapter."""
+    refuse_adapter(args)
+    return transformers.AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+
+
+def from_config(args: argparse.Namespace, config: Any) -> Any:
+    """The model of a configuration, with random weights."""
+    built = model_class(args, config)
+    if issubclass(built, transformers.PreTrainedModel):
+        return built(config)
+    return built.from_config(config, trust_remote_code=args.trust_remote_code)
 
 
 def refuse_adapter(args: argparse.Namespace) -> None:
@@ -38,15 +57,11 @@ def refuse_adapter(args: argparse.Namespace) -> None:
 
 def without_weights(args: argparse.Namespace) -> Any:
     """The model for its shapes alone: nothing is allocated. Raises OSError if there is no such model."""
-    import transformers
-
-    built = auto_class(args)
-    refuse_adapter(args)
-    config = transformers.AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    config = read_config(args)
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "batched_mm"  # the other kernels know no meta tensors
     with torch.device("meta"):
-        return built.from_config(config, trust_remote_code=args.trust_remote_code)
+        return from_config(args, config)
 
 
 def smallest_input(model: Any) -> dict[str, Tensor]:

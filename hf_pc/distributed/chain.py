@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hf_pc.architecture import base_model, evaluating
+from hf_pc.architecture import base_model, evaluating, is_encoder_decoder
 from hf_pc.placement import blocks
 
 #: positional and named arguments
@@ -67,7 +67,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Chain:
         ValueError: the blocks are no chain; the message says why.
     """
     kind = type(base_model(model)).__name__
-    if getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         raise ValueError(f"{kind} cannot be split: every block of its decoder reads the encoder's last state")
     found = blocks(model)
     if not found:
