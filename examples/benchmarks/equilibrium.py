@@ -41,6 +41,7 @@ def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:
                 bias_limit=args.bias_limit if cancels_in_each_sequence(phases) else None,
                 sweeps=args.sweeps,
                 anderson_depth=args.anderson_depth,
+                tolerance=args.tolerance,
                 **common,
             )
         common["sweeps"] = args.state_sweeps
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--strengths", type=float, nargs="+", help="of one_sided, from 1 down")
     parser.add_argument("--bias_limit", type=float, help="of the rules whose phases cancel in each sequence")
     parser.add_argument("--anderson_depth", type=natural, default=1, help="of the rules of learning")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="residual under which a phase of a rule ends")
     args = parser.parse_args(argv)
     return compare(methods(args), characters(args), args)
 

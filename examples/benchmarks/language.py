@@ -40,7 +40,7 @@ REGIME = ("relaxed_fraction", "residual", "signal_bias", "refused", "sweeps")
 #: arguments that one training's outcome does not depend on, but through its PCConfig, its text, its seed and rate
 ELSEWHERE = frozenset((
     "train_file", "output_dir", "methods", "seeds", "first_seed", "learning_rates", "relaxed_fractions",
-    "relative_stds", "sweeps", "state_sweeps", "strengths", "bias_limit", "anderson_depth",
+    "relative_stds", "sweeps", "state_sweeps", "strengths", "bias_limit", "anderson_depth", "tolerance",
 ))  # fmt: skip
 Batch = dict[str, Tensor]
 Found = TypeVar("Found")
