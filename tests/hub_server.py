@@ -57,9 +57,13 @@ class Hub:
         #: by the name of an action in ROUTES, at how many of its next calls the connection is lost: "before" the
         #: server has done anything, or "after" it is done and only the answer is lost
         self.lost: dict[tuple[str, str], int] = {}
-        self.calls: list[str] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+
+    def clear(self) -> None:
+        """Forget all repositories."""
+        self.repos.clear()
+        self.lost.clear()
 
     def __enter__(self) -> Hub:
         Thread(target=self.server.serve_forever, daemon=True).start()
@@ -93,7 +97,6 @@ class _Handler(BaseHTTPRequestHandler):
         for verb, pattern, action in ROUTES:
             found = re.fullmatch(pattern, path)
             if found and verb == ("GET" if method == "HEAD" else method):
-                self.hub.calls.append(action)
                 if self._loses(action, "before"):
                     return
                 self._cut = self._loses(action, "after")

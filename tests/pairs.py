@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from preloaded import Preloaded
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -31,6 +33,14 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
+@cache
+def preloaded() -> Preloaded:
+    """What starts them, from the first of them on."""
+    started = Preloaded(ENV)
+    atexit.register(started.__exit__)
+    return started
+
+
 def together(*command: str, logs: Path, count: int = 2, timeout: float = 200) -> list[Ended]:
     """Run `python command...` as so many processes of one group, on the CPU, and wait for all of them.
 
@@ -44,12 +54,9 @@ def together(*command: str, logs: Path, count: int = 2, timeout: float = 200) ->
     running = []
     for rank, path in enumerate(files):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
-        with path.open("w") as log:
-            running.append(
-                subprocess.Popen(
-                    [sys.executable, *command], env={**ENV, **group, **own}, stdout=log, stderr=subprocess.STDOUT
-                )
-            )
+        environment = {**ENV, **group, **own}
+        path.write_text("")
+        running.append(preloaded().start(*command, environment=environment, cwd=Path.cwd(), out=path, err=path))
     began, ends = time.monotonic(), {}
     try:
         while len(ends) < count and time.monotonic() - began < timeout:
@@ -61,6 +68,4 @@ def together(*command: str, logs: Path, count: int = 2, timeout: float = 200) ->
     finally:
         for process in running:
             process.kill()
-    return [
-        Ended(int(p.returncode), f.read_text(), ends[r]) for r, (p, f) in enumerate(zip(running, files, strict=True))
-    ]
+    return [Ended(p.wait(), f.read_text(), ends[r]) for r, (p, f) in enumerate(zip(running, files, strict=True))]

@@ -1,42 +1,63 @@
 """Pushes and loads through the real huggingface_hub client, against a local stand-in of the Hub.
 
-HF_ENDPOINT is read when huggingface_hub is imported, so each side is a process of its own.
+HF_ENDPOINT is read when huggingface_hub is imported, so each side is a process of its own; all of them have the same
+stand-in and the same HF_HOME, which every test finds empty.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hub_server import TOKEN, Hub
 from huggingface_hub import ModelCard
+from preloaded import Preloaded
 
 ROOT = Path(__file__).parents[1]
 SMALL = "n_layer=2,n_embd=16,n_head=2,n_positions=32"
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-@pytest.fixture
-def hub() -> Iterator[Hub]:
+@pytest.fixture(scope="module")
+def server() -> Iterator[Hub]:
     with Hub() as server:
         yield server
 
 
+@pytest.fixture(scope="module")
+def environment(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Of processes whose Hub is the stand-in, without a token."""
+    own = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+    home = str(tmp_path_factory.mktemp("home"))
+    return {**own, "HF_ENDPOINT": server.endpoint, "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1", "HF_HOME": home,
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def preloaded(environment: dict[str, str]) -> Iterator[Preloaded]:
+    with Preloaded(environment) as started:
+        yield started
+
+
 @pytest.fixture
-def python(hub: Hub, tmp_path: Path) -> Run:
+def hub(server: Hub, environment: dict[str, str]) -> Hub:
+    """The stand-in with no repositories, of which nobody has kept anything."""
+    server.clear()
+    shutil.rmtree(environment["HF_HOME"], ignore_errors=True)
+    return server
+
+
+@pytest.fixture
+def python(hub: Hub, environment: dict[str, str], preloaded: Preloaded, tmp_path: Path) -> Run:
     """Runs a file or `-c code` in a process whose Hub is the stand-in."""
 
     def run(*args: str, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1",
-                       "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
-        environment.pop("HF_TOKEN", None)
-        if token:
-            environment["HF_TOKEN"] = token
-        return subprocess.run([sys.executable, *args], cwd=tmp_path, env=environment, text=True, capture_output=True)
+        own = environment | ({"HF_TOKEN": token} if token else {})
+        return preloaded.run(*args, environment=own, cwd=tmp_path)
 
     return run
 

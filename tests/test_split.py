@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairs import ENV, together
 from split_processes import STATE, compare
 from test_invariants import batch, make
 
@@ -21,13 +21,6 @@ from hf_pc.distributed.cost import Costs, gpipe, step_seconds
 from hf_pc.distributed.partition import check_counts, fewest
 
 HERE = Path(__file__).parent
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
-
-
-def launch(processes: int, scenarios: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-               str(HERE / "split_processes.py"), scenarios, str(folder)]  # fmt: skip
-    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=250)
 
 
 @pytest.mark.parametrize(
@@ -36,14 +29,17 @@ def launch(processes: int, scenarios: str, folder: Path) -> subprocess.Completed
 )
 def test_several_processes(processes: int, scenarios: str, tmp_path: Path) -> None:
     """What each scenario of split_processes.py states holds on every process."""
-    done = launch(processes, scenarios, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = str(HERE / "split_processes.py"), scenarios, str(tmp_path)
+    for ended in together(*command, logs=tmp_path / "logs", count=processes, timeout=250):
+        assert ended.code == 0, ended.output[-3000:]
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     """Killed in the middle of a run, one process ends the other within seconds, and the launcher says which it was."""
     began = time.monotonic()
-    done = launch(2, "death", tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(HERE / "split_processes.py"), "death", str(tmp_path)]  # fmt: skip
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=250)
     assert {path.name for path in tmp_path.iterdir()} == {"alive-0", "alive-1"}
     assert done.returncode != 0
     assert "SIGKILL" in done.stderr or "-9" in done.stderr
