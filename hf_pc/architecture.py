@@ -4,12 +4,16 @@ configuration and its adapters mean for a pass over a batch.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import transformers
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+CAUSAL = "AutoModelForCausalLM"
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -23,19 +27,41 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
 
 
-def loaded_by(settings: Mapping[str, Any] | None) -> Any:
+def loaded_by(settings: Any) -> Any:
     """What of transformers loads a checkpoint with these settings in its config.json.
 
-    It is the class that the checkpoint was saved from; AutoModelForCausalLM where that has no head, is none of
-    transformers', or comes with code of its own.
+    It is the class that the checkpoint was saved from; where that has no head, or is not told, AutoModelForCausalLM;
+    where code comes with it, the auto class that this is for.
+
+    Raises:
+        ValueError: it was saved from a class that transformers does not have.
     """
     settings = settings if isinstance(settings, Mapping) else {}
-    names = settings.get("architectures")
+    names, code = settings.get("architectures"), settings.get("auto_map")
     name = names[0] if isinstance(names, list) and names else None
-    headed = isinstance(name, str) and ("For" in name or "LMHead" in name) and "PreTraining" not in name
-    found = getattr(transformers, name, None) if headed and not settings.get("auto_map") else None  # type: ignore[arg-type]
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model else transformers.AutoModelForCausalLM
+    if isinstance(code, Mapping) and (autos := [auto for auto in code if auto.startswith("AutoModelFor")]):
+        name = CAUSAL if CAUSAL in autos else autos[0]
+        return getattr(transformers, name, transformers.AutoModelForCausalLM)
+    if not isinstance(name, str) or code or name in _headless():
+        return transformers.AutoModelForCausalLM
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(f"config.json names {name!r}, which transformers does not have: give auto_class")
+    kind = getattr(getattr(found, "config_class", None), "model_type", None)
+    return found if settings.get("model_type", kind) == kind else transformers.AutoModelForCausalLM
+
+
+def _headless() -> set[str]:
+    found: set[str] = set()
+    for names in MODEL_MAPPING_NAMES.values():
+        found |= {names} if isinstance(names, str) else set(names)
+    return found
+
+
+def accepts(forward: Callable[..., Any], name: str) -> bool:
+    """Whether a function can be given an argument of this name."""
+    parameters = inspect.signature(forward).parameters
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def positions(model: nn.Module) -> int | None:

@@ -27,14 +27,20 @@ class RunningStatistics:
     def __init__(self, model: nn.Module) -> None:
         norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
         self._norms = [norm for norm in norms if isinstance(norm, _BatchNorm)]
-        self._momenta = {norm: norm.momentum for norm in norms if not isinstance(norm, _BatchNorm)}
+        #: these update theirs whatever is told: while they are held they have copies to do it with
+        self._instance_norms = [norm for norm in norms if not isinstance(norm, _BatchNorm)]
+        self._kept: dict[nn.Module, tuple[Tensor | None, Tensor | None]] = {}
 
     def hold(self, held: bool) -> None:
         """Whether passes in training mode leave them alone; they normalise by the batch all the same."""
         for batch_norm in self._norms:
             batch_norm.track_running_stats = not held
-        for norm, momentum in self._momenta.items():
-            norm.momentum = 0.0 if held else momentum
+        for norm in self._instance_norms:
+            if held and norm not in self._kept:
+                self._kept[norm] = own = norm.running_mean, norm.running_var
+                norm.running_mean, norm.running_var = (None if part is None else part.clone() for part in own)
+            elif not held and norm in self._kept:
+                norm.running_mean, norm.running_var = self._kept.pop(norm)
 
 
 def drop_nothing(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_pc.architecture import (
+    accepts,
     auxiliary_loss,
     base_model,
     evaluating,
@@ -80,6 +81,7 @@ class PCModel(SavingMixin):
         self._first_prediction = FirstPrediction(model, None if self._attention else innermost(self._module_nodes))
         self._statistics = RunningStatistics(model)
         self._numpy = draws_from_numpy(model)
+        self._takes = {name: accepts(model.forward, name) for name in ("use_cache", "return_dict")}
         self._own_labels: Tensor | None = None
         self._random: RandomState | None = None
         self._parameters: list[nn.Parameter] = []  # of the model, as a step found them; to list them takes long
@@ -341,6 +343,7 @@ class PCModel(SavingMixin):
         """
         if self.relaxation is None or self._confirm is None:
             raise RuntimeError("learning_pass belongs inside `with pc.relaxed(inputs)`")
+        self._check_reached()
         batch, labels = self._split(inputs, self.relaxation.phase)
         forward = forward or self.model
         bare = forward is self.model
@@ -363,6 +366,18 @@ class PCModel(SavingMixin):
         if learns:
             first.spend()
         return energy if mode == RELAX else self.relaxation.loss(energy), outputs
+
+    def _check_reached(self) -> None:
+        """Raise ValueError if the sweeps so far have brought no signal to any node: none of them ever will."""
+        relaxation = self.relaxation
+        assert relaxation is not None
+        dropped = self.model.training and layer_drop(self.model)  # every block behind the nodes, it may be
+        if relaxation.sweeps and relaxation.sites and relaxation.share.top and not relaxation.top and not dropped:
+            raise ValueError(
+                f"no signal came to any node of {type(self.model).__name__}: its logits do not follow from them, or "
+                "they run where no gradient is recorded, as in the reversible layers of Reformer; choose nodes that "
+                "hold all of that part, or lie outside it"
+            )
 
     def free_energy_gradients(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         """One more relaxing sweep: dF/dx of every site at its present leaf, nats; belongs inside `relaxed`."""
@@ -391,9 +406,10 @@ class PCModel(SavingMixin):
             assert self._own_labels is not None
             labels = self._own_labels
         config = getattr(self.model, "config", None)
-        if getattr(config, "use_cache", False):
+        if getattr(config, "use_cache", False) and self._takes["use_cache"]:
             batch.setdefault("use_cache", False)
-        if batch.get("return_dict") is False or not getattr(config, "return_dict", True):
+        told = batch.get("return_dict", getattr(config, "return_dict", True))
+        if not told and self._takes["return_dict"]:
             batch["return_dict"] = True
         return batch, labels
 

@@ -175,7 +175,9 @@ class CategoricalOutput(Output):
 
     def check(self, logits: Tensor, labels: Tensor) -> None:
         if logits.shape[:-1] != labels.shape:
-            raise _unfit(logits, labels, "one class index per row of logits")
+            more = "; for one number per logit choose the output 'gaussian' or 'bernoulli'"
+            wanted = "one class index per row of logits"
+            raise _unfit(logits, labels, wanted, more if logits.shape == labels.shape else "")
         flat = labels.flatten()
         wrong = flat.ne(IGNORED) & ((flat < 0) | (flat >= logits.shape[-1]))
         if bool(wrong.any()):
@@ -317,10 +319,9 @@ def _told_why(labels: Tensor) -> Iterator[None]:
         ) from None
 
 
-def _unfit(logits: Tensor, labels: Tensor, needed: str) -> ValueError:
-    return ValueError(
-        f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: {needed} is needed"
-    )
+def _unfit(logits: Tensor, labels: Tensor, needed: str, more: str = "") -> ValueError:
+    shapes = f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}"
+    return ValueError(f"{shapes}: {needed} is needed{more}")
 
 
 def _scores(logits: Tensor) -> Tensor:

@@ -193,11 +193,6 @@ class Relaxation:
 
     def visit(self, node: Node, mu: Tensor) -> Tensor:
         """The state x = mu + e of the node that just computed `mu`; called by its hook."""
-        if self.at_rest and not torch.is_grad_enabled():
-            raise ValueError(
-                f"node {node.name!r} ran where no gradient is recorded, as in the reversible layers of Reformer: no "
-                "signal can come to it; choose nodes that hold all of that part, or lie outside it"
-            )
         site = self._site(node, mu)
         if node.energy.uses_prediction:
             site.prediction = wide(mu.detach())

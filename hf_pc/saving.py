@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import transformers
 from torch import nn
 
 from hf_pc.architecture import loaded_by
@@ -17,6 +18,15 @@ from hf_pc.node import Node
 from hf_pc.steering import Steering, check_state
 
 STATE_NAME = "pc_state.json"
+
+
+#: of the tasks of PEFT, what loads a base model
+ADAPTED = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+}
 
 
 class SavingMixin:
@@ -74,14 +84,20 @@ class SavingMixin:
 
         Args:
             path_or_repo: a folder or a Hub repository.
-            auto_class: such as AutoModelForCausalLM; default: the class that the model was saved from.
+            auto_class: such as AutoModelForCausalLM; default: the class that the model, or the base model of an
+                adapter, was saved from.
             config: used instead of `pc_config.json`.
             kwargs: for `auto_class.from_pretrained`; revision, token, cache_dir and subfolder go to both.
+
+        Raises:
+            ValueError: the model was saved from a class that transformers does not have, and no auto_class is given.
         """
-        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder") if k in kwargs}
+        hub: dict[str, Any] = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder") if k in kwargs}
         found = None if config else read_json(path_or_repo, STATE_NAME, **hub)
         config = config or PCConfig.from_pretrained(path_or_repo, **hub)
-        auto_class = auto_class or loaded_by(read_json(path_or_repo, "config.json", **hub))
+        if kwargs.get("output_loading_info"):
+            raise ValueError("output_loading_info=True is not allowed: load the model, and give it to PCModel")
+        auto_class = auto_class or _class_of(path_or_repo, hub)
         pc = cls(auto_class.from_pretrained(path_or_repo, **kwargs), config)
         if found is not None:
             pc.load_state_dict(found)
@@ -101,3 +117,16 @@ class SavingMixin:
         from hf_pc.hub import push
 
         return push(self, repo_id, self.save_pretrained, **options)
+
+
+def _class_of(path_or_repo: str | os.PathLike[str], hub: Mapping[str, Any]) -> Any:
+    """What of transformers loads a checkpoint, or the base model of an adapter and the adapter into it."""
+    settings = read_json(path_or_repo, "config.json", **hub)
+    adapter = None if settings else read_json(path_or_repo, "adapter_config.json", **hub)
+    if not isinstance(adapter, Mapping):
+        return loaded_by(settings)
+    if adapter.get("task_type") in ADAPTED:
+        return ADAPTED[adapter["task_type"]]
+    own = {name: hub[name] for name in ("token", "cache_dir") if name in hub}
+    base = adapter.get("base_model_name_or_path")
+    return loaded_by(read_json(base, "config.json", revision=adapter.get("revision"), **own) if base else None)

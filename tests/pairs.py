@@ -64,7 +64,8 @@ def together(*command: str, logs: Path, count: int = 2, timeout: float = 200) ->
                 r: time.monotonic() - began for r, p in enumerate(running) if r not in ends and p.poll() is not None
             }
             time.sleep(0.05)
-        assert len(ends) == count, f"processes {set(range(count)) - set(ends)} hang: {files[0].read_text()[-3000:]}"
+        said = [file.read_text()[-1500:] for file in files]
+        assert len(ends) == count, f"processes {set(range(count)) - set(ends)} hang: {said}"
     finally:
         for process in running:
             process.kill()

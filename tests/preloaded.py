@@ -13,9 +13,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import numpy as np
 
 LIBRARIES = ["accelerate", "datasets", "matplotlib.pyplot", "peft", "torch.distributed", "transformers.trainer",
              "transformers.models.gpt2.modeling_gpt2"]  # fmt: skip
@@ -40,8 +43,9 @@ class Started:
         return self.returncode
 
     def kill(self) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+        if self.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
             self.wait()
 
 
@@ -54,7 +58,8 @@ class Preloaded:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._server = subprocess.Popen([sys.executable, __file__], env=dict(environment), **pipes)
+        own = {**environment, "ARROW_DEFAULT_MEMORY_POOL": "system"}  # the other has a thread, which forks would lose
+        self._server = subprocess.Popen([sys.executable, __file__], env=own, **pipes)
 
     def __enter__(self) -> Preloaded:
         return self
@@ -67,7 +72,10 @@ class Preloaded:
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(order) + "\n")
         self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline())
+        answer = self._server.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process that starts others has ended with {self._server.wait()}")
+        return json.loads(answer)
 
     def start(self, *command: str, environment: Mapping[str, str], cwd: Path, out: Path, err: Path) -> Started:
         """Start `python command...`, a file or `-c code`, whose output goes to the files `out` and `err`."""
@@ -93,6 +101,8 @@ def _serve() -> dict[str, Any]:
         ((verb, given),) = json.loads(line).items()
         answer: int | None
         if verb == "start":
+            sys.stdout.flush()
+            sys.stderr.flush()
             answer = os.fork()
             if not answer:
                 return dict(given)
@@ -114,6 +124,7 @@ def _become(command: list[str], environment: dict[str, str], cwd: str, files: li
     os.environ.update(environment)
     os.chdir(cwd)
     code, *arguments = command[1:] if command[0] == "-c" else command
+    np.random.seed()
     sys.argv = ["-c" if command[0] == "-c" else code, *arguments]
     first = "" if command[0] == "-c" else str(Path(code).resolve().parent)
     sys.path[0:1] = [first, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]

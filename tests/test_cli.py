@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig, get_peft_model
 from test_invariants import make
+from test_relaxation import reformer
 from test_reuse import mixtral
 from test_trainer import trainer
-from transformers import BertConfig, BertForMaskedLM, T5Config, ViTConfig, WhisperConfig
+from transformers import BartConfig, BertConfig, BertForMaskedLM, T5Config, ViTConfig, WhisperConfig
 
 from hf_pc import PCConfig
 from hf_pc.cli import COMMANDS, main
@@ -126,6 +127,21 @@ def test_doctor_builds_the_class_that_was_saved(tmp_path: Path, capsys: pytest.C
     whisper.save_pretrained(tmp_path / "whisper")
     assert main(["doctor", str(tmp_path / "whisper"), "--random_weights", "--sequence", "17"]) == 2
     assert "--sequence 17 is over the 16 positions" in capsys.readouterr().err
+
+
+def test_models_that_a_trial_fails_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """BART's forward needs numbers, so that shapes are missing; that Reformer's blocks cannot relax is one line."""
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes = {"vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 8}
+    bart = BartConfig(**sizes, **heads)
+    bart.architectures = ["BartForConditionalGeneration"]
+    bart.save_pretrained(tmp_path / "bart")
+    assert main(["nodes", str(tmp_path / "bart"), "--json"]) == 0
+    assert [row["shape"] for row in json.loads(capsys.readouterr().out)] == [[16], None]  # the decoder is not reached
+    reformer(16).save_pretrained(tmp_path / "reformer")
+    assert main(["doctor", str(tmp_path / "reformer"), "--sequence", "8"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("hf-pc: no signal came to any node of ReformerModelWithLMHead")
 
 
 def test_doctor_fails_where_gradients_are_wrong(

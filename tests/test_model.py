@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_invariants import batch, make
 from test_reuse import albert
 from torch import Tensor, nn
@@ -74,11 +75,36 @@ def test_from_pretrained_builds_the_class_that_was_saved(tmp_path: Path) -> None
     kind = AutoModelForTokenClassification
     assert type(PCModel.from_pretrained(tmp_path, auto_class=kind).model) is BertForTokenClassification
     found = json.loads((tmp_path / "config.json").read_text())
-    others = ["BertModel"], ["BertForPreTraining"], ["NoModelForNothing"], ["AutoModelForMaskedLM"]
-    for names in (None, "Bert", 3, *others):
+    for names in (None, "Bert", 3, ["BertModel"], ["RoFormerModel"], ["FunnelBaseModel"], ["GPT2LMHeadModel"]):
         assert loaded_by(found | {"architectures": names}) is AutoModelForCausalLM
-    assert loaded_by(found | {"auto_map": {"AutoModelForCausalLM": "own.Model"}}) is AutoModelForCausalLM
+    for names in (["MyBert"], ["AutoModelForMaskedLM"], ["GPT2Config"]):
+        with pytest.raises(ValueError, match=f"config.json names '{names[0]}', which transformers does not have"):
+            loaded_by(found | {"architectures": names})
+    for auto in (AutoModelForCausalLM, AutoModelForTokenClassification):
+        code = {"AutoConfig": "own.Config", "AutoModelForNothing": "own.Other", auto.__name__: "own.Model"}
+        assert loaded_by({"architectures": ["Own"], "auto_map": code}) is AutoModelForCausalLM
+    assert loaded_by({"auto_map": {"AutoModelForTokenClassification": "own.M"}}) is AutoModelForTokenClassification
     assert loaded_by(None) is AutoModelForCausalLM
+    with pytest.raises(ValueError, match="output_loading_info=True is not allowed"):
+        PCModel.from_pretrained(tmp_path, output_loading_info=True)
+
+
+@pytest.mark.parametrize("task", [None, "TOKEN_CLS"])
+def test_an_adapter_is_loaded_into_what_it_was_made_for(tmp_path: Path, task: str | None) -> None:
+    """Its task says the class of its base model, or that model's own configuration does."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    kind = BertForMaskedLM if task is None else BertForTokenClassification
+    kind(BertConfig(vocab_size=50, intermediate_size=32, **sizes)).save_pretrained(tmp_path / "base")
+    base = kind.from_pretrained(tmp_path / "base")
+    config = LoraConfig(task_type=task, target_modules=["query"], init_lora_weights=False)
+    pc = PCModel(get_peft_model(base, config), PCConfig(sweeps=2, relative_std=0.2))
+    pc.save_pretrained(tmp_path / "adapter")
+    loaded = PCModel.from_pretrained(tmp_path / "adapter")
+    assert type(loaded.model) is kind
+    ids = torch.arange(8)[None]
+    for model in (pc.model, loaded.model):
+        model.eval()
+    torch.testing.assert_close(loaded.model(input_ids=ids).logits, pc.model(input_ids=ids).logits)
 
 
 def test_push_uploads_model_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

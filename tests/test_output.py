@@ -51,9 +51,9 @@ def test_ignored_labels_cost_nothing() -> None:
 class Demanding(GPT2LMHeadModel):
     """A forward of a user's own, which is to be given labels."""
 
-    def forward(self, input_ids: Any, labels: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def forward(self, input_ids: Any, attention_mask: Any, labels: Any) -> Any:  # type: ignore[override]
         assert labels is not None
-        return super().forward(input_ids=input_ids, **kwargs)
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask)
 
 
 def test_a_forward_that_demands_labels_is_given_them() -> None:

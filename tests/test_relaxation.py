@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from test_invariants import batch, make
 from torch import Tensor, nn
-from transformers import ReformerConfig, ReformerModelWithLMHead, set_seed
+from transformers import GPT2LMHeadModel, ReformerConfig, ReformerModelWithLMHead, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_pc import PCConfig, PCModel
+from hf_pc import PCConfig, PCModel, RelaxationOutput
 from hf_pc.energies import ENERGIES
 from hf_pc.node import Node, Site, Strength
 from hf_pc.relaxation import Relaxation
@@ -57,19 +60,59 @@ def test_padding_is_found_in_states_of_its_own_shape(shape: tuple[int, ...], log
         assert torch.equal(relaxation.without_padding(site, values), expected)
 
 
+def reformer(positions: int) -> ReformerModelWithLMHead:
+    sizes: dict[str, Any] = {"hidden_size": 16, "attention_head_size": 8, "num_attention_heads": 2}
+    config = ReformerConfig(
+        vocab_size=50, feed_forward_size=16, attn_layers=["local", "local"], local_attn_chunk_length=4,
+        axial_pos_embds=False, max_position_embeddings=positions, is_decoder=True, **sizes,
+    )  # fmt: skip
+    return ReformerModelWithLMHead(config)
+
+
 def test_nodes_that_no_signal_can_come_to_are_refused() -> None:
     """Reversible layers run without a graph, and again in the backward pass: states in them could never relax."""
-    config = ReformerConfig(
-        vocab_size=50, hidden_size=16, attention_head_size=8, num_attention_heads=2, feed_forward_size=16,
-        attn_layers=["local", "local"], local_attn_chunk_length=4, axial_pos_embds=False, max_position_embeddings=16,
-        is_decoder=True,
-    )  # fmt: skip
-    model = ReformerModelWithLMHead(config)
+    model = reformer(16)
     ids = torch.randint(0, 50, (2, 8))
     pc = PCModel(model, PCConfig(sweeps=3, relative_std=0.2))
-    with pytest.raises(ValueError, match="ran where no gradient is recorded, as in the reversible layers of Reformer"):
+    with pytest.raises(ValueError, match=r"no signal came to any node of Reformer.* as in the reversible layers"):
         pc.relax(input_ids=ids, labels=ids)
     pc.detach()
     around = PCModel(model, PCConfig(nodes="reformer.encoder", sweeps=3, relative_std=0.2))
     with torch.no_grad():  # in which relax() is allowed
         assert around.relax(input_ids=ids, labels=ids).relaxed_fraction > 0
+
+
+def test_nodes_that_the_logits_do_not_follow_from_are_refused() -> None:
+    """They would leave learning to backprop without a word; beside nodes that logits follow from they do no harm."""
+    model = make("gpt2")
+    aside = model.aside = nn.Linear(32, 32)
+    model.transformer.wte.register_forward_hook(lambda module, args, output: (aside(output), None)[1])
+
+    def learned(**settings: Any) -> RelaxationOutput:
+        pc = PCModel(model, PCConfig(relative_std=0.2, **settings))
+        try:
+            return pc.accumulate_grad(**batch())
+        finally:
+            pc.detach()
+
+    with pytest.raises(ValueError, match="no signal came to any node of GPT2LMHeadModel: its logits do not follow"):
+        learned(nodes="aside", sweeps=3)
+    assert learned(nodes="aside", sweeps=1).relaxed_fraction == 0
+    assert learned(nodes=["aside", "transformer.h.1"], sweeps=3).relaxed_fraction > 0
+
+
+def test_parts_without_a_graph_do_no_harm_beside_others() -> None:
+    """A forward that makes a first guess without one, and a lower part that runs without one, relax above it."""
+
+    class Recycling(GPT2LMHeadModel):
+        def forward(self, input_ids: Any, **inputs: Any) -> Any:
+            with torch.no_grad():
+                guess = super().forward(input_ids, **inputs)["logits"].argmax(-1)
+            return super().forward(torch.where(input_ids == 0, guess, input_ids), **inputs)
+
+    whole = PCModel(Recycling(make("gpt2").config).eval(), PCConfig(sweeps=3, relative_std=0.2))
+    assert whole.accumulate_grad(**batch()).relaxed_fraction > 0
+    model = make("gpt2")
+    first = model.transformer.h[0]
+    first.forward = torch.no_grad()(first.forward)
+    assert PCModel(model, PCConfig(sweeps=3, relative_std=0.2)).accumulate_grad(**batch()).relaxed_fraction > 0

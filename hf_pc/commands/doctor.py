@@ -6,6 +6,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from hf_pc.placement import resolve
 
 HELP = "check a model: its own loss, gradients at T = 1, curvature, time and memory of a step, what would fail"
 EXAMPLE = "hf-pc doctor runs/clm --sweeps 3 --batch 8 --sequence 128"
+ONE_SWEEP = "gradient at T = 1 against backprop's"
 OK, WARNING, FAILED = "ok", "warning", "failed"
 #: largest deviation of a parameter's gradient from backprop's that rounding explains
 ROUNDING = 1e-3
@@ -56,12 +58,14 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             raise ValueError(f"--sequence {args.sequence} is over the {room} positions of the model")
         batch = random_batch(model, args.batch, args.sequence)
         begin("gradients at T = 1")
-        rows = [_nodes(model, config), _loss(model, batch), _one_sweep(model, config, batch)]
+        rows = [_nodes(model, config), _loss(model, batch)]
+        rows.append(_tried(ONE_SWEEP, lambda: _one_sweep(model, config, batch)))
         pc = PCModel(model, config)
         try:
             for check in (_relaxation, _curvature, _time, _memory):
-                begin(check.__name__.strip("_"))
-                rows.append(check(pc, batch))
+                name = check.__name__.strip("_")
+                begin(name)
+                rows.append(_tried(name, partial(check, pc, batch)))
         finally:
             pc.detach()
         begin("other nodes")
@@ -87,6 +91,16 @@ def show(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
 
 def _row(check: str, value: Any, verdict: str, note: str = "") -> dict[str, Any]:
     return {"check": check, "value": value, "verdict": verdict, "note": note}
+
+
+def _tried(check: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a check finds; a failed one where the model's own code raises."""
+    try:
+        return find()
+    except ValueError:  # ours, which say what to do
+        raise
+    except Exception as error:
+        return _row(check, "does not work", FAILED, f"{type(error).__name__}: {error}")
 
 
 def _load(args: argparse.Namespace) -> Any:
@@ -120,11 +134,11 @@ def _one_sweep(model: Any, config: PCConfig, batch: dict[str, Any]) -> dict[str,
         if facts["norm_ratio"] != 0 or facts["backprop_norm"] > 0  # else this batch reaches it by neither
     }  # fmt: skip
     if not deviations:
-        return _row("gradient at T = 1 against backprop's", 0.0, FAILED, "no parameter has a gradient")
+        return _row(ONE_SWEEP, 0.0, FAILED, "no parameter has a gradient")
     worst = max(deviations, key=lambda name: deviations[name])
     deviation = deviations[worst]
     verdict = OK if deviation < ROUNDING else FAILED  # also where it is not a number
-    return _row("gradient at T = 1 against backprop's", deviation, verdict, f"largest deviation, at {worst}")
+    return _row(ONE_SWEEP, deviation, verdict, f"largest deviation, at {worst}")
 
 
 def _relaxation(pc: PCModel, batch: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def from_config(args: argparse.Namespace, config: Any) -> Any:
     """The model of a configuration, with random weights."""
     built = model_class(args, config)
     if issubclass(built, transformers.PreTrainedModel):
-        return built(config)
+        return built._from_config(config)  # as the auto classes do, in the dtype of the configuration
     return built.from_config(config, trust_remote_code=args.trust_remote_code)
 
 
