@@ -250,6 +250,13 @@ TABLES: dict[str, dict[str, Column]] = {
         **RELAXED,
     },
     "solvers": METHODS,
+    "solvers_six": {
+        "method": lambda line: f"`{line['method']}`",
+        "test perplexity": field("mean", ".3f"),
+        **REGIME,
+        "refused": of_pc("refused", ".1%"),
+        "step over backprop's": field("step_time_ratio", ".1f"),
+    },
     "precision": METHODS,
     "continual": {
         "method": lambda line: f"`{line['method']}`",
