@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _NormBase
 from transformers import Cache
 
 NO_CHECKPOINTING = (
@@ -25,22 +25,17 @@ class RunningStatistics:
     """Those of a model's BatchNorms and InstanceNorms, which may be held as they are."""
 
     def __init__(self, model: nn.Module) -> None:
-        norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-        self._norms = [norm for norm in norms if isinstance(norm, _BatchNorm)]
-        #: these update theirs whatever is told: while they are held they have copies to do it with
-        self._instance_norms = [norm for norm in norms if not isinstance(norm, _BatchNorm)]
-        self._kept: dict[nn.Module, tuple[Tensor | None, Tensor | None]] = {}
+        self._norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+        self._kept: dict[nn.Module, dict[str, Tensor | None]] = {}
 
     def hold(self, held: bool) -> None:
-        """Whether passes in training mode leave them alone; they normalise by the batch all the same."""
-        for batch_norm in self._norms:
-            batch_norm.track_running_stats = not held
-        for norm in self._instance_norms:
+        """Whether passes in training mode leave them alone, and write to copies that are given up."""
+        for norm in self._norms:
             if held and norm not in self._kept:
-                self._kept[norm] = own = norm.running_mean, norm.running_var
-                norm.running_mean, norm.running_var = (None if part is None else part.clone() for part in own)
+                self._kept[norm] = own = dict(norm._buffers)
+                norm._buffers.update({name: None if part is None else part.clone() for name, part in own.items()})
             elif not held and norm in self._kept:
-                norm.running_mean, norm.running_var = self._kept.pop(norm)
+                norm._buffers.update(self._kept.pop(norm))
 
 
 def drop_nothing(model: nn.Module) -> None:

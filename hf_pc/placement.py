@@ -23,6 +23,8 @@ from hf_pc.registry import Registry, nearest
 Placement = Callable[[nn.Module], dict[str, nn.Module]]
 PLACEMENTS: Registry[Placement] = Registry("nodes")
 register_placement = PLACEMENTS.register
+#: what holds modules and is not called itself
+NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
 
 
 def _inside(name: str, outer: str) -> bool:
@@ -50,9 +52,7 @@ def _longest_list(model: nn.Module, least: int) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) < max(least, len(found) + (least > 1)):
             continue
-        if len(set(map(type, module))) == 1 and not isinstance(
-            module[0], (nn.ModuleList, nn.ModuleDict)
-        ):  # which are never called
+        if len(set(map(type, module))) == 1 and not isinstance(module[0], NEVER_CALLED):
             found = {f"{name}.{i}": child for i, child in enumerate(module)}
     return found
 
@@ -135,7 +135,7 @@ def _by_pattern(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
                 f"nodes={pattern!r} matches {name!r}, and of {type(model).__name__} only what is in {tower!r} can be "
                 "a node: a batch has as many images or sounds as it has, whichever sequences they are of"
             )
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        if isinstance(module, NEVER_CALLED):
             raise ValueError(
                 f"nodes={pattern!r} matches {name!r}, a {type(module).__name__}, which is never called: choose what "
                 f"is in it, such as {name + '.0'!r}"

@@ -92,11 +92,11 @@ class SavingMixin:
         Raises:
             ValueError: the model was saved from a class that transformers does not have, and no auto_class is given.
         """
+        if kwargs.get("output_loading_info"):
+            raise ValueError("output_loading_info=True is not allowed: load the model, and give it to PCModel")
         hub: dict[str, Any] = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder") if k in kwargs}
         found = None if config else read_json(path_or_repo, STATE_NAME, **hub)
         config = config or PCConfig.from_pretrained(path_or_repo, **hub)
-        if kwargs.get("output_loading_info"):
-            raise ValueError("output_loading_info=True is not allowed: load the model, and give it to PCModel")
         auto_class = auto_class or _class_of(path_or_repo, hub)
         pc = cls(auto_class.from_pretrained(path_or_repo, **kwargs), config)
         if found is not None:

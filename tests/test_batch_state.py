@@ -62,12 +62,14 @@ def test_running_statistics_count_a_batch_once(kind: Any, way: dict[str, Any]) -
     for embedder in (plain.resnet.embedder.embedder, model.resnet.embedder.embedder):
         embedder.normalization = kind(8, track_running_stats=True)
     pc = PCModel(model, PCConfig(sweeps=4, relative_std=0.3, **way))
+    own = list(model.buffers())
     for _ in range(2):
         plain(pixel_values=inputs["pixel_values"])
         pc.accumulate_grad(**inputs)
     pc.relax(**inputs)  # learns nothing, and counts nothing
     for (name, found), expected in zip(model.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(found, expected, msg=name)
+    assert all(one is other for one, other in zip(model.buffers(), own, strict=True))
     assert all(m.track_running_stats for m in model.modules() if isinstance(m, _NormBase))
 
 

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         batch = random_batch(model, args.batch, args.sequence)
         begin("gradients at T = 1")
         rows = [_nodes(model, config), _loss(model, batch)]
-        rows.append(_tried(ONE_SWEEP, lambda: _one_sweep(model, config, batch)))
+        rows.append(_tried(ONE_SWEEP, partial(_one_sweep, model, config, batch)))
         pc = PCModel(model, config)
         try:
             for check in (_relaxation, _curvature, _time, _memory):
