@@ -188,7 +188,7 @@ class Relaxation:
         return values if present is None else torch.where(present, values, 0)
 
     def hold(self, weight: Tensor, gradient: Tensor) -> None:
-        """Keep a weight's gradient, in nats, until the loss's `backward()` tells its scale."""
+        """Keep a weight's gradient, in nats, until the loss's `backward()` tells its scale; it is changed in place."""
         self._held[weight] = self._held[weight] + gradient if weight in self._held else gradient
 
     def visit(self, node: Node, mu: Tensor) -> Tensor:
@@ -309,8 +309,8 @@ class Relaxation:
             self.scale = scale
             while self._held:  # one by one: no second copy of all gradients
                 weight, gradient = self._held.popitem()
-                gradient = gradient * scale.to(gradient)
-                weight.grad = gradient if weight.grad is None else weight.grad + gradient
+                gradient.mul_(scale.to(gradient))
+                weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
 
         total: Tensor = LossScale.apply(self.signed(output_energy).sum(), note)  # type: ignore[no-untyped-call]
         return self.phase.weight * total

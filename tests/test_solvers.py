@@ -164,6 +164,42 @@ def test_one_backward_pass_or_many(solver: str) -> None:
     assert reports[0].relaxed_fraction == pytest.approx(reports[1].relaxed_fraction)
 
 
+class OffsetChain(LinearChain):
+    """Two offsets are added to every state: autograd gives them, and the state below, one and the same gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offsets = nn.ParameterList([nn.Parameter(torch.full_like(X, 0.1 * i)) for i in range(6)])
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        x = inputs
+        for i, block in enumerate(self.blocks):
+            x = block(x + self.layers[i](x) + self.offsets[2 * i] + self.offsets[2 * i + 1])
+        return {"logits": self.head(x)}
+
+
+def test_gradients_that_share_memory_are_scaled_once() -> None:
+    """Piece by piece, weights to which autograd gives one tensor learn what one backward pass teaches them, and twice
+    that from a second batch, in the memory of the first; the signals below stay what they are."""
+    gradients, reports = [], []
+    for piecewise in (True, False):
+        model = OffsetChain()
+        pc = attach(model, solver="state", sweeps=6, step_size=0.2)
+        pc.solver.piecewise = piecewise  # type: ignore[attr-defined]
+        reports.append(pc.accumulate_grad(inputs=X, labels=Y))
+        once = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        held = {n: p.grad.data_ptr() for n, p in model.named_parameters() if p.grad is not None}
+        assert len(set(held.values())) == len(held) == 10
+        pc.accumulate_grad(inputs=X, labels=Y)
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, 2 * once[name])
+            assert parameter.grad.data_ptr() == held[name]
+        gradients.append(once)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert reports[0].residual == pytest.approx(reports[1].residual)
+
+
 def test_step_factor_slows_one_node() -> None:
     """A node's step_factor scales its own steps and no other's."""
     rules = [NodeSpec(r"blocks\.[01]"), NodeSpec("blocks.2", step_factor=0.5)]

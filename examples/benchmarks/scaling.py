@@ -118,18 +118,22 @@ def timed(args: argparse.Namespace) -> None:
     print("LINE" + json.dumps(line), flush=True)
 
 
+def built(args: argparse.Namespace) -> tuple[PCModel, Batch]:
+    """The model as this process holds it, and a batch."""
+    model, inputs = build(args, CPU)
+    config = configured(args)
+    return PCModel(model, config) if args.whole else SplitPCModel(model, config, split=args.split), inputs
+
+
 def measured_memory(args: argparse.Namespace) -> None:
     """Peak bytes of two steps and AdamW's in every process, over what there was before the model; a line from 0."""
-    small = argparse.Namespace(**{**vars(args), "layers": 2, "hidden": 64})
-    model, inputs = build(small, CPU)  # what libraries keep for themselves is there before it counts
-    step(PCModel(model, configured(args)), inputs)
-    del model
+    small = argparse.Namespace(**{**vars(args), "layers": dist.get_world_size(), "hidden": 64, "split": None})
+    step(*built(small))  # what libraries keep for themselves is there before it counts
     reset_peak(CPU)
     before = peak_bytes(CPU)
-    model, inputs = build(args, CPU)
-    pc = PCModel(model, configured(args)) if args.whole else SplitPCModel(model, configured(args), split=args.split)
-    held = model.parameters() if args.whole else pc.parameters()
-    optimizer = torch.optim.AdamW(held)
+    pc, inputs = built(args)
+    held = pc.model.parameters() if args.whole else pc.parameters()
+    optimizer = torch.optim.AdamW(held, fused=True)  # the Trainer's default; the other's update needs copies
     reset_peak(CPU)
     for _ in range(2):
         step(pc, inputs)

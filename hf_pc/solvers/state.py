@@ -113,13 +113,15 @@ class StateSolver(Solver):
         inputs = [s.leaf for s in below] + weights
         if not inputs:
             return
-        found = torch.autograd.grad(mu, inputs, self.signal(site).to(mu.dtype), allow_unused=True)
+        given = self.signal(site).to(mu.dtype)
+        found = torch.autograd.grad(mu, inputs, given, allow_unused=True)
         for lower, gradient in zip(below, found, strict=False):
             if gradient is not None:
                 lower.signal = gradient if lower.signal is None else lower.signal + gradient
+        dense = [g for g in (given, *found) if g is not None and g.layout == torch.strided]
         for weight, gradient in zip(weights, found[len(below) :], strict=True):
             if gradient is not None:
-                relaxation.hold(weight, gradient)
+                relaxation.hold(weight, _own(gradient, dense))
 
     def gradients(self, relaxation: Relaxation, output_energy: Tensor) -> list[Tensor]:
         return self._taken(relaxation, self.found_gradients(relaxation, output_energy))
@@ -177,6 +179,15 @@ class StateSolver(Solver):
                 break
         mover.settle()
         return mover.confirm
+
+
+def _own(gradient: Tensor, dense: Sequence[Tensor]) -> Tensor:
+    """A gradient that may be changed in place: a copy where autograd gave several of these the same memory."""
+    if gradient.layout != torch.strided:
+        return gradient.clone()
+    memory = gradient.untyped_storage()
+    same = sum(other.untyped_storage().data_ptr() == memory.data_ptr() for other in dense)
+    return gradient if same == 1 and memory.nbytes() == gradient.nbytes else gradient.clone()
 
 
 class _Mover:
