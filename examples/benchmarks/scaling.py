@@ -1,12 +1,14 @@
 """One model over several processes: time, memory, traffic and idle time of a step of the `state` solver.
 
-    python examples/benchmarks/scaling.py --processes 1 2 4 --layers 8 --sweeps 10 --output_dir runs/scaling
+    python examples/benchmarks/scaling.py --model llama --layers 8 --hidden 512 --batch 2 --sequence 64 --vocab 6656
+        --sweeps 160 --step_size 0.03 --runs 5 --processes 2 --output_dir runs/scaling
 
-Prints one JSON line per number of processes, each process with one thread. "speedup" is the median of interleaved
-pairs with one process that has the whole model, in the same launch; "machine_speedup" is what the processors give at
-most in the same turns: how many of those single steps they do at once, in the time of one alone. With --weak the
-blocks grow with the processes (--layers is then per process). "predicted_seconds" is the model of
-hf_pc.distributed.cost, from the times of one process's blocks; --predict 64 prints it for processes that are not
+Prints one JSON line per number of processes, each process with one thread (the above takes 25 minutes; --processes 1
+2 4 and fewer sweeps show how a split pays less where the signal is on its way down for most of a step). "speedup" is
+the median of interleaved pairs with one process that has the whole model, in the same launch; "machine_speedup" is
+what the processors give at most in the same turns: how many of those single steps they do at once, in the time of one
+alone. With --weak the blocks grow with the processes (--layers is then per process). "predicted_seconds" is the model
+of hf_pc.distributed.cost, from the times of one process's blocks; --predict 64 prints it for processes that are not
 there, of a model with a block for each at least. Memory is each process's peak over what it had before it built the
 model: weights, gradients, AdamW's state and activations. Leaves timeline_2.png and so on: who computed what when in
 one step, and below it GPipe's schedule for backprop on the same split, from the same times.
