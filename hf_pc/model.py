@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from hf_pc.architecture import (
     layer_drop,
     routes,
 )
+from hf_pc.attachment import Attachment
 from hf_pc.attention import AttentionNodes
 from hf_pc.batch_state import NO_CHECKPOINTING, RunningStatistics, copied, drop_nothing
 from hf_pc.compilation import compile_parts
@@ -44,9 +45,6 @@ from hf_pc.rng import RandomState, draws_from_numpy, undrawn
 from hf_pc.saving import SavingMixin
 from hf_pc.solvers import SOLVERS
 from hf_pc.steering import Steering
-
-#: modules that are nodes of some PCModel
-_ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class PCModel(SavingMixin):
@@ -97,29 +95,16 @@ class PCModel(SavingMixin):
 
     def attach(self) -> None:
         """Put the nodes onto the model. Raises ValueError if some PCModel is attached to it already."""
-        if any(module in _ATTACHED for module in self.model.modules()):
-            raise ValueError(
-                f"{type(self.model).__name__} has PC nodes already: detach() the PCModel that put them there"
-            )
-        visit = weakref.WeakMethod(self._visit)  # hooks do not keep a PCModel alive that nobody else does
-        call: Callable[[Node, Tensor], Tensor | None] = lambda node, mu: (  # noqa: E731
-            None if (alive := visit()) is None else alive(node, mu)
-        )
-        handles = [node.attach(call) for node in self._module_nodes]
-        if self._attention:
-            self._attention.attach(call)
         this = weakref.ref(self)
         active: Callable[[], bool] = lambda: (alive := this()) is not None and alive.relaxation is not None  # noqa: E731
-        undo = compile_parts(self._module_nodes, self.output, active) if self.config.compile else None
-        modules = [node.module for node in self._module_nodes]
-        _ATTACHED.update(modules)
-        self._detach = weakref.finalize(self, _remove, handles, modules, self._attention, undo)
+        compiles = partial(compile_parts, self._module_nodes, self.output, active) if self.config.compile else None
+        self._attachment = Attachment(self.model, self._module_nodes, self._attention, self._visit, compiles)
 
     def detach(self) -> None:
         """Remove the nodes; the model is what it was. Does nothing if they are gone already."""
         if self.relaxation is not None:
             raise RuntimeError("this PCModel is relaxing a batch: detach() it afterwards")
-        self._detach()
+        self._attachment.remove()
 
     def _visit(self, node: Node, mu: Tensor) -> Tensor | None:
         if self.relaxation is None:
@@ -235,7 +220,7 @@ class PCModel(SavingMixin):
                 if update == "final" else
                 f"weight_update={update!r} moves weights while the states relax: use PCTrainer, or give weight_step"
             )  # fmt: skip
-        if not self._detach.alive:
+        if not self._attachment.remove.alive:
             raise RuntimeError("this PCModel is detached: attach() it first")
         if self.relaxation is not None:
             raise RuntimeError("this PCModel is relaxing a batch already: one batch at a time")
@@ -571,16 +556,3 @@ def _check_float32(model: nn.Module, lower: str | None) -> None:
                 f"relaxation_dtype={lower!r} needs weights in float32; {name!r} is in {parameter.dtype}: load the "
                 "model with dtype=torch.float32, or leave relaxation_dtype out"
             )
-
-
-def _remove(
-    handles: list[Any], modules: list[nn.Module], attention: AttentionNodes | None, undo: Callable[[], None] | None
-) -> None:
-    for handle in handles:
-        handle.remove()
-    for module in modules:
-        _ATTACHED.discard(module)
-    if attention:
-        attention.detach()
-    if undo:
-        undo()
