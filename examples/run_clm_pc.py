@@ -9,7 +9,8 @@ On several GPUs, or as two processes on the CPU (where `accelerate launch --cpu`
     accelerate launch --multi_gpu --num_processes 2 examples/run_clm_pc.py --use_cpu --train_file F
     torchrun --nproc_per_node 2 examples/run_clm_pc.py --use_cpu --train_file F
 
-Takes the flags of transformers' run_clm.py, every TrainingArguments field, and every PCConfig field.
+Takes the flags of transformers' run_clm.py that say what to train on and from what, every TrainingArguments field, and
+every PCConfig field.
 """
 
 from __future__ import annotations

@@ -45,8 +45,9 @@ class ImageArguments(CommonArguments):
             )
 
 
-def load(args: ImageArguments, seed: int) -> tuple[DatasetDict, list[str]]:
-    """Splits "train" and "validation" with "pixel_values" and "labels", and the names of the classes."""
+def load(args: ImageArguments, seed: int) -> tuple[DatasetDict, list[str], Any]:
+    """Splits "train" and "validation" of "pixel_values" and "labels", the names of classes, and what reads images."""
+    processor = None
     if args.train_dir is None:
         from sklearn.datasets import load_digits
 
@@ -64,7 +65,7 @@ def load(args: ImageArguments, seed: int) -> tuple[DatasetDict, list[str]]:
 
         data = raw.map(encode, batched=True, remove_columns=raw.column_names, load_from_cache_file=False)
     split = data.train_test_split(args.train_val_split, seed=seed)
-    return DatasetDict(train=split["train"], validation=split["test"]), names
+    return DatasetDict(train=split["train"], validation=split["test"]), names, processor
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         (ImageArguments, TaskTrainingArguments), argv,
         output_dir="runs/images", learning_rate=1e-3, per_device_train_batch_size=32,
     )  # fmt: skip
-    data, names = load(args, training.seed)
+    data, names, processor = load(args, training.seed)
     labels = class_labels(names)
     if args.model_name_or_path:
         config = AutoConfig.from_pretrained(args.model_name_or_path, **labels)
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results, _ = run(
         model, training, pc_config,
         {"train_dataset": data["train"], "eval_dataset": data["validation"], "compute_metrics": accuracy},
-        compare_bp=args.compare_bp,
+        compare_bp=args.compare_bp, processing_class=processor,
         card={"base_model": args.model_name_or_path, "auto_class": "AutoModelForImageClassification",
               "dataset": Path(args.train_dir).name if args.train_dir else "scikit-learn's digits"},
     )  # fmt: skip

@@ -115,10 +115,12 @@ def tokenize(data: DatasetDict, tokenizer: Any, args: Arguments) -> DatasetDict:
     return data.map(encode, batched=True, remove_columns=data["train"].column_names, load_from_cache_file=False)
 
 
-def show_examples(model: Any, tokenizer: Any, data: Any, count: int = 4) -> None:
+def show_examples(model: Any, tokenizer: Any, data: Any, longest: int, count: int = 4) -> None:
     model.eval()
     for row in first(data.select(range(0, len(data), max(1, len(data) // count))), count):
-        ids = tokenizer(row["source"], return_tensors="pt")["input_ids"].to(model.device)
+        ids = tokenizer(row["source"], truncation=True, max_length=longest, return_tensors="pt")["input_ids"].to(
+            model.device
+        )
         with torch.no_grad():
             made = model.generate(input_ids=ids, max_new_tokens=20, do_sample=False)
         print(f"{row['source']}\n    asked: {row['target']}\n    made:  {tokenizer.decode(made[0], True)}")
@@ -144,7 +146,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         },
     )  # fmt: skip
     if trainer.is_world_process_zero():
-        show_examples(model, tokenizer, pairs["validation"])
+        show_examples(model, tokenizer, pairs["validation"], args.max_source_length)
     return results
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from hf_pc.attention import AttentionNodes
 from hf_pc.node import Node
@@ -16,14 +16,14 @@ _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class Attachment:
-    """Nodes on a model until `remove` is called, or nobody holds this any more.
+    """Nodes on a model until `remove` is called, or the owner of `visit` is gone.
 
     Args:
         model: what the nodes' modules are part of.
         attention: nodes on attention logits, if there are any.
-        visit: a method, called with a node and what its module computed, that says what to go on with, None for the
-            same; hooks do not keep its owner alive that nobody else does.
-        compiles: compiles parts of the model, and returns what undoes that; None compiles nothing.
+        visit: a bound method, called with a node and what its module computed, that says what to go on with, None
+            for the same. Hooks refer to it weakly: they do not keep its owner alive.
+        compile_parts: compiles parts of the model, and returns what undoes that; None compiles nothing.
 
     Raises:
         ValueError: the model has nodes already.
@@ -35,7 +35,7 @@ class Attachment:
         nodes: Sequence[Node],
         attention: AttentionNodes | None,
         visit: Callable[[Node, Tensor], Tensor | None],
-        compiles: Callable[[], Callable[[], None]] | None,
+        compile_parts: Callable[[], Callable[[], None]] | None,
     ) -> None:
         if any(module in _ATTACHED for module in model.modules()):
             raise ValueError(f"{type(model).__name__} has PC nodes already: detach() the PCModel that put them there")
@@ -43,26 +43,24 @@ class Attachment:
         call: Callable[[Node, Tensor], Tensor | None] = lambda node, mu: (  # noqa: E731
             None if (alive := weak()) is None else alive(node, mu)
         )
-        handles = [node.attach(call) for node in nodes]
-        if attention:
-            attention.attach(call)
-        undo = compiles() if compiles else None
-        modules = [node.module for node in nodes]
-        _ATTACHED.update(modules)
-        self.remove = weakref.finalize(self, _remove, handles, modules, attention, undo)
+        with ExitStack() as attached:  # undone where a part of it fails
+            for node in nodes:
+                attached.callback(node.attach(call).remove)
+                _ATTACHED.add(node.module)
+                attached.callback(_ATTACHED.discard, node.module)
+            if attention:
+                attention.attach(call)
+                attached.callback(attention.detach)
+            if compile_parts:
+                attached.callback(compile_parts())
+            undo = attached.pop_all()
+        self._finalizer = weakref.finalize(visit.__self__, undo.close)  # type: ignore[attr-defined]
 
+    def remove(self) -> None:
+        """Take the nodes off the model. Does nothing if they are gone already."""
+        self._finalizer()
 
-def _remove(
-    handles: Sequence[RemovableHandle],
-    modules: Sequence[nn.Module],
-    attention: AttentionNodes | None,
-    undo: Callable[[], None] | None,
-) -> None:
-    for handle in handles:
-        handle.remove()
-    for module in modules:
-        _ATTACHED.discard(module)
-    if attention:
-        attention.detach()
-    if undo:
-        undo()
+    @property
+    def alive(self) -> bool:
+        """Whether the nodes are on the model."""
+        return self._finalizer.alive

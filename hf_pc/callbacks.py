@@ -54,7 +54,7 @@ class NonFiniteGuard(TrainerCallback):
         node = self._node or self.trainer.nonfinite_node
         self._node = None
         if node is None and not args.fp16:  # there the gradient scaler takes care of overflows
-            node = GRADIENT if _overflow(p.grad for p in model.parameters()) else None
+            node = GRADIENT if overflow(p.grad for p in model.parameters()) else None
         anywhere = self.trainer.reduce_sums(torch.tensor([float(node is not None)], dtype=torch.float64))
         if not anywhere.item():
             self.in_a_row = 0
@@ -73,7 +73,7 @@ class NonFiniteGuard(TrainerCallback):
         return control
 
 
-def _overflow(gradients: Iterable[torch.Tensor | None]) -> bool:
+def overflow(gradients: Iterable[torch.Tensor | None]) -> bool:
     """Whether any is not finite; every device is waited for once."""
     finite: dict[torch.device, list[torch.Tensor]] = {}
     for gradient in gradients:
@@ -93,11 +93,13 @@ def _where(node: str | None) -> str:
 
 
 class PCProgressCallback(ProgressCallback):
-    """transformers' progress bar, with loss and free energy behind it instead of a line per log."""
+    """transformers' progress bar, with loss and free energy behind it instead of a line per training log."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is None or not state.is_world_process_zero or not logs:
             return
+        if any(name.startswith("eval_") for name in logs):
+            super().on_log(args, state, control, logs, **kwargs)
         shown = {name: f"{logs[name]:.3f}" for name in ("loss", "free_energy", "eval_loss") if name in logs}
         if shown:
             self.training_bar.set_postfix(shown)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import sort_checkpoints
 
-from hf_pc.config import PCConfig, read_json_file
+from hf_pc.config import PC_CONFIG_NAME, PCConfig, read_json_file
 from hf_pc.model import PCModel
 from hf_pc.saving import STATE_NAME
 from hf_pc.steering import check_state
@@ -71,7 +71,11 @@ class CheckpointMixin(_TrainerPart):
             shutil.rmtree(run / UNFINISHED, ignore_errors=True)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        super()._push_from_checkpoint(str(self._finish_checkpoint() or checkpoint_folder))
+        whole = self._finish_checkpoint() or Path(checkpoint_folder)
+        for name in (PC_CONFIG_NAME, STATE_NAME) if self.is_world_process_zero() else ():
+            if (whole / name).is_file():  # the Trainer copies the files of transformers and PEFT alone
+                shutil.copy(whole / name, self.args.output_dir)
+        super()._push_from_checkpoint(str(whole))
 
     def _finish_checkpoint(self) -> Path | None:
         """Give the checkpoint its name, once every process has written its part; None where it has it already."""

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from hf_pc.cards import ROWS, is_repository, shown_base, write_card
 from hf_pc.diagnostics.plots import plot_run
 from hf_pc.hub import push_run
 from hf_pc.measurements import regime
+from hf_pc.processes import gathered
 from hf_pc.provenance import command
 from hf_pc.trainer import BackpropTrainer, PCTrainer
 
@@ -111,17 +113,22 @@ def train_backprop(
     model, args = trainer.model, copy.copy(trainer.args)
     learned = copy.deepcopy(model.state_dict())
     model.load_state_dict(weights)
-    args.output_dir = str(Path(args.output_dir) / "backprop")
+    # a folder that nobody else has, and that is not pushed; the first process names it for all
+    own = trainer.is_world_process_zero()
+    made = tempfile.mkdtemp(prefix="_backprop_", dir=args.output_dir) if own else ""
+    args.output_dir = gathered(made)[0]
     args.push_to_hub, args.report_to = False, []
     if not args.load_best_model_at_end:  # which is a comparison of best checkpoints, and needs them saved
         args.save_strategy = "no"
     timer = StepTimer()
-    baseline = build(args, timer)
-    baseline.add_callback(BarTitle(baseline, "backprop"))
-    baseline.train()
-    results: dict[str, Any] = _figures("bp", baseline.evaluate()) if args.do_eval else {}
-    if trainer.is_world_process_zero():
-        shutil.rmtree(args.output_dir, ignore_errors=True)
+    try:
+        baseline = build(args, timer)
+        baseline.add_callback(BarTitle(baseline, "backprop"))
+        baseline.train()
+        results: dict[str, Any] = _figures("bp", baseline.evaluate()) if args.do_eval else {}
+    finally:
+        if own:
+            shutil.rmtree(args.output_dir, ignore_errors=True)
     model.load_state_dict(learned)
     return results | {"bp_step_seconds": timer.median}, baseline.state.log_history
 
@@ -171,7 +178,7 @@ def run(
         if histories and "pc_eval_loss" in results:
             write_card(folder, trainer.pc_config, results, model_name=folder.name, **card)
         if args.push_to_hub and args.do_train:
-            push_run(folder, trainer.hub_model_id, args.hub_token)
+            push_run(folder, trainer.hub_model_id, args.hub_token, args.hub_revision)
     return results, trainer
 
 

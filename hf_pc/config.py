@@ -272,7 +272,7 @@ class PCConfig:
         if given is None or isinstance(given, dict):
             return cls.from_dict(given or {})
         if not isinstance(given, cls):
-            raise ValueError(f"a PCConfig, its dictionary or None is needed, not {given!r}")
+            raise ValueError(f"a PCConfig, its dictionary or None is needed, not a {type(given).__name__}")
         return given
 
     @classmethod

@@ -77,14 +77,16 @@ def push(
         )  # fmt: skip
 
 
-def push_run(folder: Path, repo_id: str, token: str | None = None) -> None:
+def push_run(folder: Path, repo_id: str, token: str | None = None, revision: str | None = None) -> None:
     """Upload what a run has left, checkpoints of its way and pickled arguments apart; the repository is there already.
 
     Raises what `explained` does.
     """
     left_out = ["_*", "checkpoint-*", "training_args.bin"]
-    with explained(repo_id, token):
-        HfApi(token=token).upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=left_out)
+    with explained(repo_id, token, revision):
+        HfApi(token=token).upload_folder(
+            repo_id=repo_id, folder_path=folder, ignore_patterns=left_out, revision=revision
+        )
 
 
 def _write_card(pc: SavingMixin, folder: Path, repo_id: str) -> None:

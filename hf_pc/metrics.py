@@ -43,13 +43,16 @@ class Perplexity(_Local):
 class Regime(_Local):
     """The regime of a run: means of `relaxed_fraction` and `residual`, and its name.
 
-    `compute(predictions=..., references=...)`: the relaxed_fraction and the residual of each step or log.
+    `compute(predictions=..., references=...)`: the relaxed_fraction and the residual of each step or log. Raises
+    ValueError if there are none.
     """
 
     columns = ("predictions", "references")
     summary = "How far a run relaxed: backprop-like, relaxing or equilibrium."
 
     def _compute(self, predictions: list[float], references: list[float]) -> dict[str, Any]:
+        if not predictions:
+            raise ValueError("predictions=[] is not allowed: at least one step is needed")
         fraction = math.fsum(predictions) / len(predictions)
         residual = math.fsum(references) / len(references)
         return {"relaxed_fraction": fraction, "residual": residual, "regime": regime(fraction, residual)}

@@ -220,7 +220,7 @@ class PCModel(SavingMixin):
                 if update == "final" else
                 f"weight_update={update!r} moves weights while the states relax: use PCTrainer, or give weight_step"
             )  # fmt: skip
-        if not self._attachment.remove.alive:
+        if not self._attachment.alive:
             raise RuntimeError("this PCModel is detached: attach() it first")
         if self.relaxation is not None:
             raise RuntimeError("this PCModel is relaxing a batch already: one batch at a time")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 #: flags whose value is nobody else's business
-_SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
+_SECRET = re.compile(r"token(?!s|iz)|secret|password|api_?key", re.IGNORECASE)
 #: what is one whatever its flag, as an abbreviated --hub_tok
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
 
@@ -64,7 +64,7 @@ def command(argv: Sequence[str] | None = None) -> str | None:
             shown.append("...")
             hidden = False
             continue
-        hidden = bool(_SECRET.search(flag)) and "tokenizer" not in flag
+        hidden = bool(_SECRET.search(flag))
         if hidden and "=" in argument:
             shown.append(f"{flag}=...")
             hidden = False

@@ -24,13 +24,21 @@ class PushMixin(_TrainerPart):
         with explained(name, token or self.args.hub_token):
             super().init_hf_repo(token=token, private=private)
 
-    def push_to_hub(self, *args: Any, token: str | None = None, **kwargs: Any) -> Any:
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """As `Trainer.push_to_hub`. Raises ConnectionError, PermissionError or FileNotFoundError, see `hf_pc.hub`."""
         from hf_pc.hub import explained
 
         name = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        with explained(name, token or self.args.hub_token, kwargs.get("revision") or self.args.hub_revision):
-            return super().push_to_hub(*args, token=token, **kwargs)
+        with explained(name, token or self.args.hub_token, revision or self.args.hub_revision):
+            return super().push_to_hub(commit_message, blocking, token, revision, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """transformers' own card with results, settings and the regime of this run; same signature."""

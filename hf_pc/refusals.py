@@ -29,6 +29,10 @@ SPLITS = {
 }  # fmt: skip
 
 
+#: of the settings of activation checkpointing those that say where, not how; alone they mean non-reentrant
+TRAINERS_OWN = ("every_n_layers", "offload")
+
+
 def refuse(args: TrainingArguments, config: PCConfig, model: nn.Module | None) -> None:
     """Raise ValueError, naming the setting, on arguments that predictive coding cannot follow."""
     spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1  # which no one replicates
@@ -42,6 +46,11 @@ def refuse(args: TrainingArguments, config: PCConfig, model: nn.Module | None) -
     checkpoints = args.gradient_checkpointing or (model is not None and is_checkpointing(model))
     if config.dropout == "off" and checkpoints:
         raise ValueError(NO_CHECKPOINTING)
+    if config.dropout == "off" and args.neftune_noise_alpha is not None:
+        raise ValueError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha} is not allowed with dropout='off', which leaves its "
+            "noise out as well: use dropout='replay'"
+        )
     _refuse_compilation(args)
     mixed = args.bf16 or args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
     if config.relaxation_dtype is not None and mixed:
@@ -91,6 +100,7 @@ def _refuse_weight_update(args: TrainingArguments, config: PCConfig) -> None:
 
 def _refuse_reentrant(args: TrainingArguments, config: PCConfig, model: nn.Module | None) -> None:
     given: Any = args.gradient_checkpointing_kwargs if args.gradient_checkpointing else _checkpointing_of(model)
+    given = {name: value for name, value in (given or {}).items() if name not in TRAINERS_OWN}
     if given and given.get("use_reentrant", True) and config.sweeps > 1:
         raise ValueError(
             f"gradient_checkpointing_kwargs={given} is not supported: such checkpointing finds no gradient of states; "

@@ -188,7 +188,11 @@ class Relaxation:
         return values if present is None else torch.where(present, values, 0)
 
     def hold(self, weight: Tensor, gradient: Tensor) -> None:
-        """Keep a weight's gradient, in nats, until the loss's `backward()` tells its scale; it is changed in place."""
+        """Keep a weight's gradient, in nats, until the loss's `backward()` tells its scale.
+
+        It is handed over: nothing else may use its memory, as it is scaled there and becomes the weight's `.grad`, or
+        is added to that in place, as autograd does.
+        """
         self._held[weight] = self._held[weight] + gradient if weight in self._held else gradient
 
     def visit(self, node: Node, mu: Tensor) -> Tensor:
@@ -307,7 +311,7 @@ class Relaxation:
 
         def note(scale: Tensor) -> None:
             self.scale = scale
-            while self._held:  # one by one: no second copy of all gradients
+            while self._held:
                 weight, gradient = self._held.popitem()
                 gradient.mul_(scale.to(gradient))
                 weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)

@@ -18,6 +18,8 @@ from hf_pc.node import Node
 from hf_pc.steering import Steering, check_state
 
 STATE_NAME = "pc_state.json"
+#: what a checkpoint's JSON files are looked up with, as its weights are
+HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
 
 
 #: of the tasks of PEFT, what loads a base model
@@ -61,7 +63,12 @@ class SavingMixin:
             self._attention.states = {name: value for name, value in energies.items() if name.endswith(".logits")}
 
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write the model as transformers does, and `pc_config.json` and `pc_state.json` beside it."""
+        """Write the model as transformers does, and `pc_config.json` and `pc_state.json` beside it.
+
+        Raises ValueError for push_to_hub=True, which would upload before these two are there.
+        """
+        if kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub=True is not allowed: PCModel.push_to_hub uploads weights, settings and card")
         self.model.save_pretrained(folder, **kwargs)  # type: ignore[operator]
         self.config.save_pretrained(folder)
         self.save_state(Path(folder))
@@ -87,14 +94,14 @@ class SavingMixin:
             auto_class: such as AutoModelForCausalLM; default: the class that the model, or the base model of an
                 adapter, was saved from.
             config: used instead of `pc_config.json`.
-            kwargs: for `auto_class.from_pretrained`; revision, token, cache_dir and subfolder go to both.
+            kwargs: for `auto_class.from_pretrained`; `HUB_OPTIONS` go to both.
 
         Raises:
             ValueError: the model was saved from a class that transformers does not have, and no auto_class is given.
         """
         if kwargs.get("output_loading_info"):
             raise ValueError("output_loading_info=True is not allowed: load the model, and give it to PCModel")
-        hub: dict[str, Any] = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder") if k in kwargs}
+        hub: dict[str, Any] = {k: kwargs[k] for k in HUB_OPTIONS if k in kwargs}
         found = None if config else read_json(path_or_repo, STATE_NAME, **hub)
         config = config or PCConfig.from_pretrained(path_or_repo, **hub)
         auto_class = auto_class or _class_of(path_or_repo, hub)
@@ -127,6 +134,6 @@ def _class_of(path_or_repo: str | os.PathLike[str], hub: Mapping[str, Any]) -> A
         return loaded_by(settings)
     if adapter.get("task_type") in ADAPTED:
         return ADAPTED[adapter["task_type"]]
-    own = {name: hub[name] for name in ("token", "cache_dir") if name in hub}
+    own = {name: hub[name] for name in set(HUB_OPTIONS) - {"revision", "subfolder"} if name in hub}
     base = adapter.get("base_model_name_or_path")
     return loaded_by(read_json(base, "config.json", revision=adapter.get("revision"), **own) if base else None)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import default_compute_objective
 
 from hf_pc.architecture import auxiliary_loss
 from hf_pc.callbacks import PCProgressCallback
@@ -37,8 +38,11 @@ class TokenLossMixin(_TrainerPart):
     loss_is_scaled_for_ga = True
 
     def __init__(self, model: Any = None, args: Any = None, *rest: Any, output: str = "auto", **kwargs: Any) -> None:
-        self._check(model, args, kwargs)  # before the Trainer makes its output folder
+        given = model if isinstance(model, nn.Module) else None
+        self._check(given, args, kwargs)  # before the Trainer makes its output folder
         super().__init__(model, args, *rest, **kwargs)
+        if given is None or args is None or rest:  # what only the Trainer knew, such as the first of `model_init`
+            self._check(self.model, self.args, {"compute_loss_func": self.compute_loss_func})
         if self.args.hub_token is not None:
             self.args.hub_token = Secret(self.args.hub_token)
         self.output = Output.of(self.model, output)
@@ -51,7 +55,9 @@ class TokenLossMixin(_TrainerPart):
         self._compared = output != "auto"  # one that is named need not be the model's own
         self._routing: Tensor | float = 0.0  # of the last loss the router's part
         self._nats = self._tokens = 0.0
-        if self.pop_callback(ProgressCallback) is not None:
+        bars = [callback for callback in self.callback_handler.callbacks if type(callback) is ProgressCallback]
+        if bars:  # a user's own, of a class of its own, stays
+            self.remove_callback(bars[0])
             self.add_callback(PCProgressCallback)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -111,6 +117,7 @@ class TokenLossMixin(_TrainerPart):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The output energy, nats per label token of the optimiser step (of the batch, in evaluation)."""
+        inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}  # which Liger's loss does
         labels = self.output.split(inputs)[1]
         learning = model.training
         energy, outputs = self._output_energy(model, inputs)
@@ -128,7 +135,8 @@ class TokenLossMixin(_TrainerPart):
         share = labels.ne(IGNORED).sum().to(energy.device) / items
         routing = share * self._auxiliary(outputs)
         loss = energy.sum() / items + routing
-        if learning and self.args.average_tokens_across_devices:
+        counted = learning or num_items_in_batch is not None  # over all processes, then
+        if counted and self.args.average_tokens_across_devices:
             loss, routing = loss * self.accelerator.num_processes, routing * self.accelerator.num_processes
         self._routing = routing.detach()
         return (loss, outputs) if return_outputs else loss
@@ -171,8 +179,25 @@ class TokenLossMixin(_TrainerPart):
             loss = self._nats / self._tokens
             result.metrics[f"{prefix}_loss"] = loss
             if self._perplexity:
-                result.metrics[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
+                result.metrics.setdefault(f"{prefix}_perplexity", math.exp(min(loss, 700.0)))
         return result
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, float]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As `Trainer.hyperparameter_search`; by default the objective is eval_loss, or the sum of `compute_metrics`,
+        to which the perplexity does not belong."""
+        return super().hyperparameter_search(hp_space, compute_objective or _objective, *args, **kwargs)
+
+
+def _objective(metrics: dict[str, float]) -> float:
+    own = {name: value for name, value in metrics.items() if name != "eval_perplexity"}
+    objective: float = default_compute_objective(own)
+    return objective
 
 
 class BackpropTrainer(TokenLossMixin, Trainer):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
-from hf_pc.callbacks import NonFiniteGuard, SteeringCallback
+from hf_pc.callbacks import NonFiniteGuard, SteeringCallback, overflow
 from hf_pc.checkpoints import CheckpointMixin
 from hf_pc.checks import check_whole
 from hf_pc.config import PCConfig
@@ -61,6 +61,9 @@ class PCTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        named: str | None = self.metric_for_best_model
+        if getattr(self, "greater_is_better", None) is None and named is not None and named.endswith("perplexity"):
+            self.greater_is_better = False  # transformers takes whatever is no loss for a score
         super().__post_init__()
         if self.curvature_steps is not None:
             check_whole("PCTrainingArguments", "curvature_steps", self.curvature_steps, least=1)
@@ -87,6 +90,8 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
         pc_config: PCConfig | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if isinstance(model, PCModel):
+            raise ValueError("model=PCModel(...) is not allowed: give its .model, and its .config as pc_config")
         self.pc_config = PCConfig.of(pc_config)
         super().__init__(model, args, *rest, output=self.pc_config.output, **kwargs)
         self.pc: PCModel | None = None
@@ -217,6 +222,10 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
 
         def step(loss: Tensor) -> None:
             self.accelerator.backward(factor * loss / divisor)
+            bad = torch.tensor([float(overflow(p.grad for p in model.parameters()))], dtype=torch.float64)
+            if self.reduce_sums(bad).item():  # as `NonFiniteGuard` for the last sweep
+                model.zero_grad()
+                return
             if self.args.max_grad_norm:
                 self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
             assert self.optimizer is not None

@@ -1,7 +1,7 @@
 """One model over several processes: time, memory, traffic and idle time of a step of the `state` solver.
 
-    python examples/benchmarks/scaling.py --model llama --layers 8 --hidden 512 --batch 2 --sequence 64 --vocab 6656
-        --sweeps 160 --step_size 0.03 --runs 5 --processes 2 --output_dir runs/scaling
+    python examples/benchmarks/scaling.py --model llama --layers 8 --hidden 512 --batch 2 --sequence 64 \\
+        --vocab 6656 --sweeps 160 --step_size 0.03 --runs 5 --processes 2 --output_dir runs/scaling
 
 Prints one JSON line per number of processes, each process with one thread (the above takes 25 minutes; --processes 1
 2 4 and fewer sweeps show how a split pays less where the signal is on its way down for most of a step). "speedup" is

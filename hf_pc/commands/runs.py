@@ -22,6 +22,11 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
+def _steps(state: dict[str, Any]) -> float:
+    steps = state.get("global_step")
+    return steps if isinstance(steps, int | float) else -1
+
+
 def history(folder: Path) -> list[dict[str, Any]]:
     """The log history of a run, from its folder or its last checkpoint.
 
@@ -31,11 +36,13 @@ def history(folder: Path) -> list[dict[str, Any]]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder")
-    last = get_last_checkpoint(str(folder))
-    path = folder / "trainer_state.json"
-    if not path.is_file() and last is not None:
-        path = Path(last) / "trainer_state.json"
-    entries = read(path).get("log_history")
+    path, last = folder / "trainer_state.json", get_last_checkpoint(str(folder))
+    state = read(path) if path.is_file() or last is None else {}
+    if last is not None:  # a run that was resumed is further there than where it ended before
+        newer = read(Path(last) / "trainer_state.json")
+        if not state or _steps(newer) > _steps(state):
+            path, state = Path(last) / "trainer_state.json", newer
+    entries = state.get("log_history")
     if not isinstance(entries, list) or not all(
         isinstance(entry, dict) and isinstance(entry.get("step"), int | float) for entry in entries
     ):

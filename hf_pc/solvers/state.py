@@ -14,6 +14,8 @@ through `StateFunction`.
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,8 @@ from hf_pc.solvers.descent import Descent
 if TYPE_CHECKING:
     from hf_pc.config import PCConfig
 
+#: to a tensor that a function is called with: the caller's, the function's and that of the count
+REFERENCES = 3
 #: first rate of a sequence with step "auto": a chain of equal gains is stable under half a step
 FIRST_RATE = 0.4
 
@@ -114,14 +118,16 @@ class StateSolver(Solver):
         if not inputs:
             return
         given = self.signal(site).to(mu.dtype)
-        found = torch.autograd.grad(mu, inputs, given, allow_unused=True)
+        found = list(torch.autograd.grad(mu, inputs, given, allow_unused=True))
         for lower, gradient in zip(below, found, strict=False):
             if gradient is not None:
                 lower.signal = gradient if lower.signal is None else lower.signal + gradient
-        dense = [g for g in (given, *found) if g is not None and g.layout == torch.strided]
-        for weight, gradient in zip(weights, found[len(below) :], strict=True):
+        memory = Counter(_address(g) for g in (given, *found) if g is not None)
+        for weight in reversed(weights):
+            gradient = found.pop()
             if gradient is not None:
-                relaxation.hold(weight, _own(gradient, dense))
+                alone = memory[_address(gradient)] == 1 and _unshared(gradient)
+                relaxation.hold(weight, gradient if alone else gradient.clone())
 
     def gradients(self, relaxation: Relaxation, output_energy: Tensor) -> list[Tensor]:
         return self._taken(relaxation, self.found_gradients(relaxation, output_energy))
@@ -181,13 +187,20 @@ class StateSolver(Solver):
         return mover.confirm
 
 
-def _own(gradient: Tensor, dense: Sequence[Tensor]) -> Tensor:
-    """A gradient that may be changed in place: a copy where autograd gave several of these the same memory."""
-    if gradient.layout != torch.strided:
-        return gradient.clone()
-    memory = gradient.untyped_storage()
-    same = sum(other.untyped_storage().data_ptr() == memory.data_ptr() for other in dense)
-    return gradient if same == 1 and memory.nbytes() == gradient.nbytes else gradient.clone()
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's memory begins; 0 for what is no plain tensor with memory of its own."""
+    plain = type(tensor) is Tensor and tensor.layout == torch.strided
+    return tensor.untyped_storage().data_ptr() if plain else 0
+
+
+def _unshared(gradient: Tensor) -> bool:
+    """Whether a plain gradient fills its memory, number by number, and only the caller's variable refers to it.
+
+    A hook may have kept it, and what autograd returns may be a buffer of the function that it went through.
+    """
+    whole = gradient.is_contiguous() or (gradient.dim() == 2 and gradient.t().is_contiguous())
+    mine = sys.getrefcount(gradient) <= REFERENCES and gradient._use_count() == 1  # type: ignore[attr-defined]
+    return _address(gradient) != 0 and whole and mine and gradient.untyped_storage().nbytes() == gradient.nbytes
 
 
 class _Mover:

@@ -1,0 +1,171 @@
+"""What a Trainer is given besides model and data: kept as a Trainer keeps it, or refused before training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_invariants import make
+from test_trainer import RELAXING, Poison, rows, trainer
+from transformers import ProgressCallback, RobertaConfig, RobertaForMaskedLM, Trainer
+
+from hf_pc import PCConfig, PCModel, PCTrainer, PCTrainingArguments
+from hf_pc.architecture import positions
+from hf_pc.commands.runs import history
+from hf_pc.metrics import Regime
+from hf_pc.refusals import refuse
+from hf_pc.trainer import BackpropTrainer
+
+MOVING = PCConfig(solver="state", sweeps=4, relative_std=0.3, step_size=0.3, weight_update="every_sweep")
+
+
+def test_no_sweep_steps_along_what_is_not_finite(tmp_path: Path) -> None:
+    """Weights that move at every sweep stay where they are in a step whose gradients are not finite."""
+    run = trainer(tmp_path, MOVING, callbacks=[Poison({1})])  # which compares them
+    run.train()
+    assert all(bool(p.isfinite().all()) for p in run.model.parameters())
+
+
+def test_a_search_does_not_add_the_perplexity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default objective is eval_loss, or the sum of `compute_metrics`; one that is given is taken."""
+    given = []
+    monkeypatch.setattr(Trainer, "hyperparameter_search", lambda self, space, objective: given.append(objective))
+    run = trainer(tmp_path)
+    run.hyperparameter_search()
+    run.hyperparameter_search(None, len)
+    figures = {"eval_loss": 1.5, "eval_perplexity": 4.5, "epoch": 1.0, "eval_runtime": 2.0}
+    assert given[0](figures) == 1.5
+    assert given[0](figures | {"eval_accuracy": 0.5}) == 0.5
+    assert given[1] is len
+
+
+def test_the_best_perplexity_is_the_lowest(tmp_path: Path) -> None:
+    """Unless it is said otherwise; of other metrics the highest, as transformers has it."""
+    for settings, expected in (
+        ({"metric_for_best_model": "eval_perplexity"}, False),
+        ({"metric_for_best_model": "perplexity", "greater_is_better": True}, True),
+        ({"metric_for_best_model": "accuracy"}, True),
+    ):
+        assert PCTrainingArguments(str(tmp_path), **settings).greater_is_better is expected
+
+
+def test_what_only_the_trainer_knows_is_checked_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model of `model_init`, arguments by place, a launcher's wish without arguments, a PCModel for a model."""
+    args = PCTrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match="nodes='nothing"):
+        PCTrainer(args=args, model_init=lambda: make("gpt2"), pc_config=PCConfig(nodes="nothing.like.it"))
+    with pytest.raises(ValueError, match="compute_loss_func is not supported"):
+        PCTrainer(make("gpt2"), args, None, rows(), None, None, None, lambda *_: 0.0)
+    with pytest.raises(ValueError, match=r"model=PCModel\(\.\.\.\) is not allowed"):
+        PCTrainer(PCModel(make("gpt2"), RELAXING), args)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="--dynamo_backend INDUCTOR"):
+        PCTrainer(make("gpt2"))
+
+
+@pytest.mark.parametrize("settings", [{"every_n_layers": 2}, {"use_reentrant": False, "every_n_layers": 2}])
+def test_where_blocks_are_checkpointed_is_no_matter(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """transformers takes such checkpointing for non-reentrant, which is supported."""
+    args = PCTrainingArguments(
+        str(tmp_path), use_cpu=True, gradient_checkpointing=True, gradient_checkpointing_kwargs=settings
+    )
+    refuse(args, RELAXING, make("gpt2"))
+
+
+def test_noise_that_would_be_left_out_is_refused(tmp_path: Path) -> None:
+    """NEFTune's noise is dropout's kin: without dropout it does nothing, which nobody asks for who asks for it."""
+    with pytest.raises(ValueError, match=r"neftune_noise_alpha=5\.0 is not allowed with dropout='off'"):
+        trainer(tmp_path, PCConfig(sweeps=3, dropout="off"), neftune_noise_alpha=5.0)
+
+
+@pytest.mark.parametrize("cls", [PCTrainer, BackpropTrainer])
+def test_a_flag_of_fused_losses_is_no_input(tmp_path: Path, cls: Any) -> None:
+    """With use_liger_kernel a Trainer asks for no logits in evaluation; the output energy is computed from them."""
+    run = trainer(tmp_path, RELAXING if cls is PCTrainer else None, cls)
+    batch = {name: torch.tensor([row[name] for row in rows(2)]) for name in ("input_ids", "labels")}
+    run.model.eval()
+    plain, flagged = (run.compute_loss(run.model, batch | more) for more in ({}, {"skip_logits": True}))
+    assert torch.equal(plain, flagged)
+
+
+def test_progress_bars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One bar, a user's own beside it, and a line for each evaluation."""
+
+    class Own(ProgressCallback):
+        pass
+
+    run = trainer(tmp_path, callbacks=[Own()], disable_tqdm=False, eval_strategy="steps", eval_steps=2)
+    kinds = [type(callback).__name__ for callback in run.callback_handler.callbacks]
+    assert [kind for kind in kinds if kind in ("Own", "ProgressCallback", "PCProgressCallback")] == [
+        "Own", "PCProgressCallback",
+    ]  # fmt: skip
+    run.remove_callback(Own)
+    run.train()
+    assert capsys.readouterr().out.count("'eval_perplexity'") == 2
+
+
+def test_what_is_found_offline_is_looked_up_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`local_files_only` reaches every file that is read."""
+    PCModel(make("gpt2"), RELAXING).save_pretrained(tmp_path)
+    from transformers.utils import hub
+
+    asked: dict[str, Any] = {}
+    real = hub.cached_file
+    monkeypatch.setattr(
+        hub, "cached_file", lambda path, name, **kw: asked.update({name: kw.get("local_files_only")}) or real(
+            path, name, **kw)
+    )  # fmt: skip
+    PCModel.from_pretrained(tmp_path, local_files_only=True)
+    assert {asked[name] for name in ("pc_config.json", "pc_state.json", "config.json")} == {True}
+
+
+def test_a_push_from_save_pretrained_is_refused(tmp_path: Path) -> None:
+    """It would be without the two files of a PCModel; nothing is written."""
+    with pytest.raises(ValueError, match=r"push_to_hub=True is not allowed: PCModel\.push_to_hub"):
+        PCModel(make("gpt2"), RELAXING).save_pretrained(tmp_path / "saved", push_to_hub=True)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_push_to_hub_takes_its_arguments_by_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of `Trainer.push_to_hub`."""
+    seen = []
+    monkeypatch.setattr(Trainer, "push_to_hub", lambda self, *args, **kwargs: seen.append(args))
+    trainer(tmp_path, hub_model_id="me/it").push_to_hub("words", False, "a token", "branch")
+    assert seen[0][:4] == ("words", False, "a token", "branch")
+
+
+def test_positions_that_padding_takes() -> None:
+    """RoBERTa's positions count on from its padding's: so many fewer tokens fit, and no more."""
+    model = RobertaForMaskedLM(
+        RobertaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                      max_position_embeddings=34)
+    )  # fmt: skip
+    assert positions(model) == 32
+    model(input_ids=torch.full((1, 32), 5))
+    with pytest.raises((RuntimeError, IndexError)):
+        model(input_ids=torch.full((1, 33), 5))
+
+
+def test_a_resumed_run_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
+    """Of a run's folder and its last checkpoint the one that is further."""
+    for folder, step in ((tmp_path, 2), (tmp_path / "checkpoint-4", 4)):
+        folder.mkdir(exist_ok=True)
+        state = {"global_step": step, "log_history": [{"step": step, "loss": 1.0}]}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert history(tmp_path)[-1]["step"] == 4
+    (tmp_path / "trainer_state.json").write_text(
+        json.dumps({"global_step": 6, "log_history": [{"step": 6, "loss": 1.0}]})
+    )
+    assert history(tmp_path)[-1]["step"] == 6
+
+
+def test_a_regime_of_nothing() -> None:
+    """No step has no regime."""
+    with pytest.raises(ValueError, match="at least one step"):
+        Regime()._compute([], [])
