@@ -115,6 +115,8 @@ def test_pushes_while_training(hub: Hub, example: Run, strategy: str) -> None:
     assert done.returncode == 0, done.stderr
     repo = hub.repos["user/tiny"]
     assert all("pc_config.json" in files for files in repo.commits.values() if "model.safetensors" in files)
+    on_the_way = [files for files in repo.commits.values() if "model.safetensors" in files]
+    assert strategy == "end" or all("pc_state.json" in files for files in on_the_way)
     if strategy == "checkpoint":
         assert "last-checkpoint/pc_state.json" in (repo.files("main") or {})
 

@@ -143,6 +143,25 @@ def test_attached_models_are_noticed_by_their_parts() -> None:
     PCModel(model, PCConfig()).detach()
 
 
+def test_nodes_are_put_on_all_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one of them fails the model is as it was; a PCModel that is gone takes its nodes along, copies or not."""
+    model = make("gpt2")
+    pc = PCModel(model, PCConfig())
+    pc.detach()
+    monkeypatch.setattr(pc.nodes[1], "attach", lambda visit: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pc.attach()
+    assert not any(module._forward_hooks for module in model.modules())
+    monkeypatch.undo()
+    pc.attach()
+    copied = copy.copy(pc)
+    del pc
+    gc.collect()
+    with pytest.raises(RuntimeError, match="detached"):
+        copied.relax(**batch())
+    PCModel(model, PCConfig()).detach()
+
+
 @pytest.mark.parametrize(
     ("nodes", "message"),
     [("transformer.h", "never called"), ("lm_head_, nothing", "nearest"), ("transformer.wte", None)],

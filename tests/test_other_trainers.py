@@ -60,6 +60,23 @@ def test_supervised_fine_tuning(tmp_path: Path) -> None:
     assert any(entry.get("relaxed_fraction", 0) > 0 for entry in run.state.log_history)
 
 
+def test_a_model_given_by_name(tmp_path: Path) -> None:
+    """Such a trainer loads the model itself; it is checked once it is there."""
+    sizes = {"vocab_size": 270, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path / "saved")
+    tokenizer().save_pretrained(tmp_path / "saved")
+    data = Dataset.from_list([{"prompt": f"what is {i}?", "completion": f" it is {i}"} for i in range(8)])
+    args = SFTConfig(output_dir=str(tmp_path / "run"), max_steps=1, report_to=[], use_cpu=True, bf16=False,
+                     save_strategy="no", disable_tqdm=True)  # fmt: skip
+    given = {"model": str(tmp_path / "saved"), "args": args, "train_dataset": data}
+    with pytest.raises(ValueError, match="nodes='nothing"):
+        PCSFTTrainer(**given, pc_config=PCConfig(nodes="nothing.like.it"))
+    run = PCSFTTrainer(**given, pc_config=PCConfig(sweeps=3, relative_std=0.5))
+    run.train()
+    assert run.pc is not None
+    assert len(run.pc.nodes) == 2
+
+
 def test_a_loss_of_whole_batches_is_refused(tmp_path: Path) -> None:
     """sentence-transformers' losses call the model themselves, once per column: an error by name, and no folder."""
 

@@ -160,9 +160,16 @@ def test_settings_from_a_file(tmp_path: Path, text: Path) -> None:
 
 
 def test_an_evaluation_strategy_still_trains(tmp_path: Path, text: Path) -> None:
-    """With neither --do_train nor --do_eval both are done; backprop too ends with its best checkpoint."""
+    """With neither --do_train nor --do_eval both are done; backprop too ends with its best checkpoint.
+
+    The baseline is removed with its own folder, and nothing else is.
+    """
     flags = ["--train_file", str(text), "--block_size", "32", "--config_overrides", SMALL, "--max_steps", "4"]
     best = ["--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2", "--load_best_model_at_end"]
+    kept = tmp_path / "out" / "backprop" / "model.safetensors"  # of somebody's own
+    kept.parent.mkdir(parents=True)
+    kept.touch()
     results = run(tmp_path, *flags, *best)
     assert set(results) == KEYS
-    assert not (tmp_path / "out" / "backprop").exists()
+    assert kept.exists()
+    assert not list((tmp_path / "out").glob("_backprop*"))

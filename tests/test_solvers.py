@@ -200,6 +200,49 @@ def test_gradients_that_share_memory_are_scaled_once() -> None:
     assert reports[0].residual == pytest.approx(reports[1].residual)
 
 
+class Buffered(torch.autograd.Function):
+    """x plus a weight, whose gradient it says to be a buffer of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+        ctx.buffer = buffer
+        return x + weight
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        return g, ctx.buffer, None
+
+
+def test_gradients_that_others_hold_are_copied() -> None:
+    """What a hook keeps, what a function keeps and what is expanded is not scaled where it is."""
+
+    class Others(LinearChain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.buffer = torch.full((4,), 2.0, dtype=torch.float64)
+            self.weight, self.stack = (
+                nn.Parameter(torch.zeros(4).double()),
+                nn.Parameter(torch.zeros(2, 3, 4).double()),
+            )
+
+        def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+            x = self.blocks[0](Buffered.apply(self.layers[0](inputs), self.weight, self.buffer))  # type: ignore[no-untyped-call]
+            x = self.blocks[1](self.layers[1](x) + self.stack.sum(0))
+            return {"logits": self.head(self.blocks[2](self.layers[2](x)))}
+
+    model, kept = Others(), []
+    model.layers[1].weight.register_hook(lambda gradient: kept.append((gradient, gradient.clone())))
+    pc = attach(model, solver="state", sweeps=6, step_size=0.2)
+    pc.solver.piecewise = True  # type: ignore[attr-defined]
+    pc.accumulate_grad(inputs=X, labels=Y)
+    torch.testing.assert_close(model.buffer, torch.full((4,), 2.0, dtype=torch.float64))
+    torch.testing.assert_close(model.weight.grad, model.buffer / Y.numel())
+    assert kept
+    assert all(torch.equal(gradient, before) for gradient, before in kept)
+    assert model.stack.grad is not None
+    torch.testing.assert_close(model.stack.grad[0], model.stack.grad[1])
+
+
 def test_step_factor_slows_one_node() -> None:
     """A node's step_factor scales its own steps and no other's."""
     rules = [NodeSpec(r"blocks\.[01]"), NodeSpec("blocks.2", step_factor=0.5)]
