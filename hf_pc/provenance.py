@@ -15,6 +15,10 @@ _SECRET = re.compile(r"token(?!s|iz)|secret|password|api_?key", re.IGNORECASE)
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
 
 
+#: an absolute path inside an argument, such as a value of --overrides p=/home/me/x or of JSON
+_FOLDER = re.compile(r"(?<![\w./~])/(?:[^/\s\"',:=]+/)*(?=[^/\s\"',:=])")
+
+
 class Secret(str):
     """A token that a pickle holds None of: a Trainer pickles its arguments into what it pushes."""
 
@@ -34,7 +38,7 @@ def _public(argument: str) -> str:
     flag, equals, value = argument.partition("=")
     if equals and flag.startswith("-"):
         return f"{flag}={_public(value)}"
-    return _TOKEN.sub("...", Path(argument).name if Path(argument).is_absolute() else argument)
+    return _TOKEN.sub("...", Path(argument).name if Path(argument).is_absolute() else _FOLDER.sub("", argument))
 
 
 def _script(path: Path) -> list[str]:
@@ -51,7 +55,7 @@ def _script(path: Path) -> list[str]:
 def command(argv: Sequence[str] | None = None) -> str | None:
     """One line of shell: the process's own command, or `argv`. None where it is neither a script nor `hf-pc`.
 
-    The value of a flag such as --hub_token is left out, and of an absolute path only its last part is shown.
+    The value of a flag such as --hub_token is left out, and of absolute paths only their last part is shown.
     """
     given = list(sys.argv if argv is None else argv)
     name = Path(given[0]).name if given else ""
