@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from hf_pc.architecture import text_tower
+from hf_pc.architecture import base_model, text_tower
 from hf_pc.compilation import check_compilable
 from hf_pc.config import NodeSpec, PCConfig
 from hf_pc.energies import ENERGIES
@@ -63,11 +63,15 @@ def _linear_like(module: nn.Module) -> bool:
 
 #: maps of relative positions (DeBERTa, the Conformers): they see no sequence, and so have no state
 POSITIONS = ("pos_proj", "pos_q_proj", "pos_key_proj", "pos_query_proj", "linear_pos")
+#: what PEFT keeps beside a module that it trains whole: it does not run
+REPLACED = "original_module"
 
 
 def _linears(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         path = f"{prefix}.{name}" if prefix else name
+        if name == REPLACED:
+            continue
         if not _linear_like(child):
             yield from _linears(child, path)
         elif name not in POSITIONS:
@@ -109,10 +113,13 @@ def _linear(model: nn.Module) -> dict[str, nn.Module]:
     inside: dict[str, nn.Module] = {}
     for name, block in blocks(model).items():
         inside.update(_linears(block, name))
-    for name, head in model.named_children() if text_tower(model) is None else ():
-        if any(_inside(path, name) for path in inside) or _linear_like(head):
+    base = base_model(model)
+    within = next(name for name, module in model.named_modules() if module is base)
+    for name, head in base.named_children() if text_tower(model) is None else ():
+        outer = f"{within}.{name}" if within else name
+        if any(_inside(path, outer) for path in inside) or _linear_like(head):
             continue
-        inside.update(list(_linears(head, name))[:-1])
+        inside.update(list(_linears(head, outer))[:-1])
     return inside
 
 

@@ -48,7 +48,8 @@ def load_files(train_file: str, validation_file: str | None = None, cache_dir: s
     try:
         return load_dataset(kind, data_files=files, cache_dir=cache_dir, **options)
     except DatasetGenerationError as error:
-        raise ValueError(f"--train_file {train_file} cannot be read as {kind}: {error.__cause__}") from None
+        given = " or ".join(f"--{split}_file {path}" for split, path in files.items())
+        raise ValueError(f"{given} cannot be read as {kind}: {error.__cause__}") from None
 
 
 def hold_out(raw: DatasetDict, percentage: int) -> DatasetDict:

@@ -10,6 +10,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_invariants import batch, gradients, make, worst
 from test_trainer import trainer
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from hf_pc import PCConfig, PCModel
 
@@ -59,6 +60,21 @@ def test_training_moves_the_adapter_alone(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(plain(**inputs).logits, expected)
     if name not in ("prefix", "prompt"):  # which have no weights to merge into
         torch.testing.assert_close(plain.merge_and_unload()(**inputs).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_maps_of_a_head_are_nodes_with_an_adapter_too() -> None:
+    """`linear` finds in a head that PEFT trains whole what it finds in a plain one, in the copy that is in use."""
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 16}  # fmt: skip
+    model = RobertaForSequenceClassification(RobertaConfig(**sizes))
+    plain = [node.name for node in PCModel(model, PCConfig(nodes="linear")).nodes]
+    adapted = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=2))
+    pc = PCModel(adapted, PCConfig(nodes="linear", sweeps=8))
+    found = [node.name.removeprefix("base_model.model.").replace(".modules_to_save.default", "") for node in pc.nodes]
+    assert found == plain
+    assert found[-1] == "classifier.dense"
+    report = pc.accumulate_grad(input_ids=torch.arange(5, 13).view(2, 4), labels=torch.tensor([0, 1]))
+    assert all(bool(error.any()) for error in report.errors.values())
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

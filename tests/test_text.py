@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict
-from transformers import GPT2Config, XLNetConfig
+from transformers import GPT2Config, GPT2LMHeadModel, XLNetConfig, XLNetLMHeadModel
 
 from hf_pc.text import blocks_of, choose_block_size, hold_out, load_files
 
@@ -54,7 +54,8 @@ def test_blocks_are_whole() -> None:
 
 def test_a_block_fits_the_model() -> None:
     """As long as asked for, or as the model has positions, at most 1,024; more than it has is refused."""
-    model, other = (SimpleNamespace(config=config) for config in (GPT2Config(n_positions=64), XLNetConfig()))
+    model = GPT2LMHeadModel(GPT2Config(n_positions=64, vocab_size=8, n_embd=8, n_layer=1, n_head=1))
+    other = XLNetLMHeadModel(XLNetConfig(vocab_size=8, d_model=8, n_layer=1, n_head=1, d_inner=8))
     words = SimpleNamespace(model_max_length=4096)
     assert choose_block_size(None, model, words) == 64
     assert choose_block_size(32, model, words) == 32
