@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 #: flags whose value is nobody else's business
-_SECRET = re.compile(r"token(?!s|iz)|secret|password|api_?key", re.IGNORECASE)
+_SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
+#: those that only sound so
+_HARMLESS = re.compile(r"tokenizer|input_tokens|average_tokens")
 #: what is one whatever its flag, as an abbreviated --hub_tok
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
-
-
 #: an absolute path inside an argument, such as a value of --overrides p=/home/me/x or of JSON
 _FOLDER = re.compile(r"(?<![\w./~])/(?:[^/\s\"',:=]+/)*(?=[^/\s\"',:=])")
 
@@ -68,7 +68,7 @@ def command(argv: Sequence[str] | None = None) -> str | None:
             shown.append("...")
             hidden = False
             continue
-        hidden = bool(_SECRET.search(flag))
+        hidden = bool(_SECRET.search(flag)) and not _HARMLESS.search(flag)
         if hidden and "=" in argument:
             shown.append(f"{flag}=...")
             hidden = False

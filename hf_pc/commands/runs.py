@@ -36,13 +36,11 @@ def history(folder: Path) -> list[dict[str, Any]]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder")
-    path, last = folder / "trainer_state.json", get_last_checkpoint(str(folder))
-    state = read(path) if path.is_file() or last is None else {}
-    if last is not None:  # a run that was resumed is further there than where it ended before
-        newer = read(Path(last) / "trainer_state.json")
-        if not state or _steps(newer) > _steps(state):
-            path, state = Path(last) / "trainer_state.json", newer
-    entries = state.get("log_history")
+    places = [folder, *(Path(last) for last in (get_last_checkpoint(str(folder)),) if last is not None)]
+    paths = [place / "trainer_state.json" for place in places]
+    states = {path: read(path) for path in paths if path.is_file()} or {paths[0]: read(paths[0])}
+    path = max(states, key=lambda path: _steps(states[path]))  # a resumed run is further in its checkpoint
+    entries = states[path].get("log_history")
     if not isinstance(entries, list) or not all(
         isinstance(entry, dict) and isinstance(entry.get("step"), int | float) for entry in entries
     ):
