@@ -70,14 +70,14 @@ def positions(model: nn.Module) -> int | None:
     for name in ("max_position_embeddings", "max_target_positions"):
         found = getattr(config.get_text_config(), name, None)
         if isinstance(found, int) and found > 0:  # XLNet says -1 of positions without end
-            return found - _skipped(model)
+            return found - _skipped(model, found)
     return None
 
 
-def _skipped(model: nn.Module) -> int:
-    """How many positions come before a sequence's first: those of RoBERTa and its kin count on from the padding's."""
-    tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
-    return max((table.padding_idx + 1 for table in tables if table.padding_idx is not None), default=0)
+def _skipped(model: nn.Module, count: int) -> int:
+    """How many of `count` positions come before a sequence's first: those of RoBERTa count on from the padding's."""
+    tables = (m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding))
+    return max((t.padding_idx + 1 for t in tables if t.num_embeddings == count and t.padding_idx), default=0)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import HubStrategy, sort_checkpoints
 
 from hf_pc.config import PC_CONFIG_NAME, PCConfig, read_json_file
 from hf_pc.model import PCModel
@@ -72,7 +72,9 @@ class CheckpointMixin(_TrainerPart):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         whole = self._finish_checkpoint() or Path(checkpoint_folder)
-        for name in (PC_CONFIG_NAME, STATE_NAME) if self.is_world_process_zero() else ():
+        waits = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        pushes = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not waits)
+        for name in (PC_CONFIG_NAME, STATE_NAME) if pushes and self.is_world_process_zero() else ():
             if (whole / name).is_file():  # the Trainer copies the files of transformers and PEFT alone
                 shutil.copy(whole / name, self.args.output_dir)
         super()._push_from_checkpoint(str(whole))

@@ -21,7 +21,7 @@ from hf_pc.cards import ROWS, is_repository, shown_base, write_card
 from hf_pc.diagnostics.plots import plot_run
 from hf_pc.hub import push_run
 from hf_pc.measurements import regime
-from hf_pc.processes import gathered
+from hf_pc.processes import at_once, gathered
 from hf_pc.provenance import command
 from hf_pc.trainer import BackpropTrainer, PCTrainer
 
@@ -114,8 +114,12 @@ def train_backprop(
     learned = copy.deepcopy(model.state_dict())
     model.load_state_dict(weights)
     # a folder that nobody else has, and that is not pushed; the first process names it for all
-    own = trainer.is_world_process_zero()
-    made = tempfile.mkdtemp(prefix="_backprop_", dir=args.output_dir) if own else ""
+    own, made, failure = trainer.is_world_process_zero(), "", None
+    try:
+        made = tempfile.mkdtemp(prefix="_backprop_", dir=args.output_dir) if own else ""
+    except OSError as error:
+        failure = f"no folder can be made in {args.output_dir}: {error}"
+    at_once(failure)
     args.output_dir = gathered(made)[0]
     args.push_to_hub, args.report_to = False, []
     if not args.load_best_model_at_end:  # which is a comparison of best checkpoints, and needs them saved

@@ -63,15 +63,20 @@ def _linear_like(module: nn.Module) -> bool:
 
 #: maps of relative positions (DeBERTa, the Conformers): they see no sequence, and so have no state
 POSITIONS = ("pos_proj", "pos_q_proj", "pos_key_proj", "pos_query_proj", "linear_pos")
-#: what PEFT keeps beside a module that it trains whole: it does not run
-REPLACED = "original_module"
+
+
+def _running(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The children of a module; where PEFT trains one whole, of its copies those in use."""
+    copies = getattr(module, "modules_to_save", None)
+    if not hasattr(module, "original_module") or not isinstance(copies, nn.ModuleDict):
+        return list(module.named_children())
+    active: list[str] = getattr(module, "active_adapters", list(copies))
+    return [(f"modules_to_save.{name}", copies[name]) for name in active if name in copies]
 
 
 def _linears(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module.named_children():
+    for name, child in _running(module):
         path = f"{prefix}.{name}" if prefix else name
-        if name == REPLACED:
-            continue
         if not _linear_like(child):
             yield from _linears(child, path)
         elif name not in POSITIONS:

@@ -16,7 +16,7 @@ _HARMLESS = re.compile(r"tokenizer|input_tokens|average_tokens")
 #: what is one whatever its flag, as an abbreviated --hub_tok
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
 #: an absolute path inside an argument, such as a value of --overrides p=/home/me/x or of JSON
-_FOLDER = re.compile(r"(?<![\w./~])/(?:[^/\s\"',:=]+/)*(?=[^/\s\"',:=])")
+_FOLDER = re.compile(r"(?:(?<=[=,\"'\[{\s])|(?<=file://))/+(?:[^/\s\"',:=]+/)*(?=[^/\s\"',:=])")
 
 
 class Secret(str):

@@ -30,7 +30,6 @@ class PushMixin(_TrainerPart):
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
-        *args: Any,
         **kwargs: Any,
     ) -> Any:
         """As `Trainer.push_to_hub`. Raises ConnectionError, PermissionError or FileNotFoundError, see `hf_pc.hub`."""
@@ -38,7 +37,9 @@ class PushMixin(_TrainerPart):
 
         name = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         with explained(name, token or self.args.hub_token, revision or self.args.hub_revision):
-            return super().push_to_hub(commit_message, blocking, token, revision, *args, **kwargs)
+            return super().push_to_hub(
+                commit_message=commit_message, blocking=blocking, token=token, revision=revision, **kwargs
+            )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """transformers' own card with results, settings and the regime of this run; same signature."""

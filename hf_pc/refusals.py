@@ -46,7 +46,7 @@ def refuse(args: TrainingArguments, config: PCConfig, model: nn.Module | None) -
     checkpoints = args.gradient_checkpointing or (model is not None and is_checkpointing(model))
     if config.dropout == "off" and checkpoints:
         raise ValueError(NO_CHECKPOINTING)
-    if config.dropout == "off" and args.neftune_noise_alpha is not None:
+    if config.dropout == "off" and args.neftune_noise_alpha:
         raise ValueError(
             f"neftune_noise_alpha={args.neftune_noise_alpha} is not allowed with dropout='off', which leaves its "
             "noise out as well: use dropout='replay'"
@@ -100,8 +100,8 @@ def _refuse_weight_update(args: TrainingArguments, config: PCConfig) -> None:
 
 def _refuse_reentrant(args: TrainingArguments, config: PCConfig, model: nn.Module | None) -> None:
     given: Any = args.gradient_checkpointing_kwargs if args.gradient_checkpointing else _checkpointing_of(model)
-    given = {name: value for name, value in (given or {}).items() if name not in TRAINERS_OWN}
-    if given and given.get("use_reentrant", True) and config.sweeps > 1:
+    how = {name: value for name, value in (given or {}).items() if name not in TRAINERS_OWN}
+    if how and how.get("use_reentrant", True) and config.sweeps > 1:
         raise ValueError(
             f"gradient_checkpointing_kwargs={given} is not supported: such checkpointing finds no gradient of states; "
             "use {'use_reentrant': False}"

@@ -55,9 +55,10 @@ class TokenLossMixin(_TrainerPart):
         self._compared = output != "auto"  # one that is named need not be the model's own
         self._routing: Tensor | float = 0.0  # of the last loss the router's part
         self._nats = self._tokens = 0.0
+        self._added: set[str] = set()  # metrics of evaluations that are ours, not those of `compute_metrics`
         bars = [callback for callback in self.callback_handler.callbacks if type(callback) is ProgressCallback]
-        if bars:  # a user's own, of a class of its own, stays
-            self.remove_callback(bars[0])
+        if bars:  # the last is the Trainer's; those of users stay
+            self.remove_callback(bars[-1])
             self.add_callback(PCProgressCallback)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -179,7 +180,10 @@ class TokenLossMixin(_TrainerPart):
             loss = self._nats / self._tokens
             result.metrics[f"{prefix}_loss"] = loss
             if self._perplexity:
-                result.metrics.setdefault(f"{prefix}_perplexity", math.exp(min(loss, 700.0)))
+                name = f"{prefix}_perplexity"
+                if name not in result.metrics:
+                    result.metrics[name] = math.exp(min(loss, 700.0))
+                    self._added.add(name)
         return result
 
     def hyperparameter_search(
@@ -191,13 +195,13 @@ class TokenLossMixin(_TrainerPart):
     ) -> Any:
         """As `Trainer.hyperparameter_search`; by default the objective is eval_loss, or the sum of `compute_metrics`,
         to which the perplexity does not belong."""
-        return super().hyperparameter_search(hp_space, compute_objective or _objective, *args, **kwargs)
+        return super().hyperparameter_search(hp_space, compute_objective or self._objective, *args, **kwargs)
 
-
-def _objective(metrics: dict[str, float]) -> float:
-    own = {name: value for name, value in metrics.items() if name != "eval_perplexity"}
-    objective: float = default_compute_objective(own)
-    return objective
+    def _objective(self, metrics: dict[str, float]) -> float:
+        # a time that `default_compute_objective` takes for a metric
+        own = {n: v for n, v in metrics.items() if n not in self._added and not n.endswith("_preparation_time")}
+        objective: float = default_compute_objective(own)
+        return objective
 
 
 class BackpropTrainer(TokenLossMixin, Trainer):

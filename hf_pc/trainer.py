@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
-from hf_pc.callbacks import NonFiniteGuard, SteeringCallback, overflow
+from hf_pc.callbacks import GRADIENT, NonFiniteGuard, SteeringCallback, overflow
 from hf_pc.checkpoints import CheckpointMixin
 from hf_pc.checks import check_whole
 from hf_pc.config import PCConfig
@@ -223,7 +223,8 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
         def step(loss: Tensor) -> None:
             self.accelerator.backward(factor * loss / divisor)
             bad = torch.tensor([float(overflow(p.grad for p in model.parameters()))], dtype=torch.float64)
-            if self.reduce_sums(bad).item():  # as `NonFiniteGuard` for the last sweep
+            if self.reduce_sums(bad).item():  # `NonFiniteGuard` then leaves out the last sweep's step, and counts it
+                self.nonfinite_node = GRADIENT
                 model.zero_grad()
                 return
             if self.args.max_grad_norm:

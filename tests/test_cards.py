@@ -168,6 +168,8 @@ def test_how_an_adapter_is_loaded(tmp_path: Path) -> None:
         (["x.py", "--out=/home/me/out"], "python x.py --out=out"),
         (["x.py", "--overrides", "p=/home/me,q=1"], "python x.py --overrides p=me,q=1"),
         (["x.py", "--fsdp_config", '{"a":"/home/me/x"}'], """python x.py --fsdp_config '{"a":"x"}'"""),
+        (["x.py", "data/*/a.json", "C:/x/y", "</s>"], "python x.py 'data/*/a.json' C:/x/y '</s>'"),
+        (["x.py", "--f=file:///home/me/x", "p=//s/x"], "python x.py --f=file://x p=x"),
         (["x.py", "--url", "https://a.b/c/d", "a/b/c"], "python x.py --url https://a.b/c/d a/b/c"),
         (["x.py", "--include_num_input_tokens_seen", "all"], "python x.py --include_num_input_tokens_seen all"),
         (["x.py", "--hub_tok", "hf_" + "a1B2" * 8], "python x.py --hub_tok ..."),

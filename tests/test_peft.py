@@ -69,6 +69,7 @@ def test_the_maps_of_a_head_are_nodes_with_an_adapter_too() -> None:
     model = RobertaForSequenceClassification(RobertaConfig(**sizes))
     plain = [node.name for node in PCModel(model, PCConfig(nodes="linear")).nodes]
     adapted = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=2))
+    adapted.add_adapter("other", LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=2))
     pc = PCModel(adapted, PCConfig(nodes="linear", sweeps=8))
     found = [node.name.removeprefix("base_model.model.").replace(".modules_to_save.default", "") for node in pc.nodes]
     assert found == plain

@@ -232,6 +232,7 @@ def test_gradients_that_others_hold_are_copied() -> None:
 
     model, kept = Others(), []
     model.layers[1].weight.register_hook(lambda gradient: kept.append((gradient, gradient.clone())))
+    model.layers[2].weight.register_hook(lambda gradient: kept.append((gradient.detach(), gradient.clone())))
     pc = attach(model, solver="state", sweeps=6, step_size=0.2)
     pc.solver.piecewise = True  # type: ignore[attr-defined]
     pc.accumulate_grad(inputs=X, labels=Y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,13 @@ def test_a_search_does_not_add_the_perplexity(tmp_path: Path, monkeypatch: pytes
     given = []
     monkeypatch.setattr(Trainer, "hyperparameter_search", lambda self, space, objective: given.append(objective))
     run = trainer(tmp_path)
+    figures = run.evaluate() | {"epoch": 1.0}
     run.hyperparameter_search()
     run.hyperparameter_search(None, len)
-    figures = {"eval_loss": 1.5, "eval_perplexity": 4.5, "epoch": 1.0, "eval_runtime": 2.0}
-    assert given[0](figures) == 1.5
+    assert given[0](figures) == figures["eval_loss"]
     assert given[0](figures | {"eval_accuracy": 0.5}) == 0.5
+    two = run.evaluate({"a": rows(4), "b": rows(6)})
+    assert given[0](two) == pytest.approx(two["eval_a_loss"] + two["eval_b_loss"])
     assert given[1] is len
 
 
@@ -95,7 +98,7 @@ def test_a_flag_of_fused_losses_is_no_input(tmp_path: Path, cls: Any) -> None:
 
 
 def test_progress_bars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One bar, a user's own beside it, and a line for each evaluation."""
+    """One bar, users' own beside it, and a line for each evaluation."""
 
     class Own(ProgressCallback):
         pass
@@ -135,9 +138,9 @@ def test_a_push_from_save_pretrained_is_refused(tmp_path: Path) -> None:
 def test_push_to_hub_takes_its_arguments_by_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of `Trainer.push_to_hub`."""
     seen = []
-    monkeypatch.setattr(Trainer, "push_to_hub", lambda self, *args, **kwargs: seen.append(args))
+    monkeypatch.setattr(Trainer, "push_to_hub", lambda self, **kwargs: seen.append(kwargs))
     trainer(tmp_path, hub_model_id="me/it").push_to_hub("words", False, "a token", "branch")
-    assert seen[0][:4] == ("words", False, "a token", "branch")
+    assert seen == [{"commit_message": "words", "blocking": False, "token": "a token", "revision": "branch"}]
 
 
 def test_positions_that_padding_takes() -> None:
@@ -153,16 +156,15 @@ def test_positions_that_padding_takes() -> None:
 
 
 def test_a_resumed_run_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
-    """Of a run's folder and its last checkpoint the one that is further."""
-    for folder, step in ((tmp_path, 2), (tmp_path / "checkpoint-4", 4)):
+    """Of a run's folder and its last checkpoint what was written last; a checkpoint left over from before is not."""
+    for folder, step, written in ((tmp_path, 2, 1_000), (tmp_path / "checkpoint-4", 4, 2_000)):
         folder.mkdir(exist_ok=True)
-        state = {"global_step": step, "log_history": [{"step": step, "loss": 1.0}]}
-        (folder / "trainer_state.json").write_text(json.dumps(state))
+        state = folder / "trainer_state.json"
+        state.write_text(json.dumps({"global_step": step, "log_history": [{"step": step, "loss": 1.0}]}))
+        os.utime(state, (written, written))
     assert history(tmp_path)[-1]["step"] == 4
-    (tmp_path / "trainer_state.json").write_text(
-        json.dumps({"global_step": 6, "log_history": [{"step": 6, "loss": 1.0}]})
-    )
-    assert history(tmp_path)[-1]["step"] == 6
+    os.utime(tmp_path / "trainer_state.json", (3_000, 3_000))
+    assert history(tmp_path)[-1]["step"] == 2
 
 
 def test_a_regime_of_nothing() -> None:

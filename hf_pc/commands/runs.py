@@ -22,11 +22,6 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _steps(state: dict[str, Any]) -> float:
-    steps = state.get("global_step")
-    return steps if isinstance(steps, int | float) else -1
-
-
 def history(folder: Path) -> list[dict[str, Any]]:
     """The log history of a run, from its folder or its last checkpoint.
 
@@ -36,11 +31,13 @@ def history(folder: Path) -> list[dict[str, Any]]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder")
-    places = [folder, *(Path(last) for last in (get_last_checkpoint(str(folder)),) if last is not None)]
-    paths = [place / "trainer_state.json" for place in places]
-    states = {path: read(path) for path in paths if path.is_file()} or {paths[0]: read(paths[0])}
-    path = max(states, key=lambda path: _steps(states[path]))  # a resumed run is further in its checkpoint
-    entries = states[path].get("log_history")
+    path, last = folder / "trainer_state.json", get_last_checkpoint(str(folder))
+    if last is not None:
+        saved = Path(last) / "trainer_state.json"
+        # a run that was resumed has written there since, and one that has not ended there alone
+        if not path.is_file() or (saved.is_file() and saved.stat().st_mtime > path.stat().st_mtime):
+            path = saved
+    entries = read(path).get("log_history")
     if not isinstance(entries, list) or not all(
         isinstance(entry, dict) and isinstance(entry.get("step"), int | float) for entry in entries
     ):

@@ -31,8 +31,6 @@ from hf_pc.solvers.descent import Descent
 if TYPE_CHECKING:
     from hf_pc.config import PCConfig
 
-#: to a tensor that a function is called with: the caller's, the function's and that of the count
-REFERENCES = 3
 #: first rate of a sequence with step "auto": a chain of equal gains is stable under half a step
 FIRST_RATE = 0.4
 
@@ -198,9 +196,25 @@ def _unshared(gradient: Tensor) -> bool:
 
     A hook may have kept it, and what autograd returns may be a buffer of the function that it went through.
     """
+    if _address(gradient) == 0 or gradient.untyped_storage().nbytes() != gradient.nbytes:
+        return False
     whole = gradient.is_contiguous() or (gradient.dim() == 2 and gradient.t().is_contiguous())
-    mine = sys.getrefcount(gradient) <= REFERENCES and gradient._use_count() == 1  # type: ignore[attr-defined]
-    return _address(gradient) != 0 and whole and mine and gradient.untyped_storage().nbytes() == gradient.nbytes
+    return whole and all(now <= alone for now, alone in zip(_references(gradient), _ALONE, strict=True))
+
+
+def _references(tensor: Tensor) -> tuple[int, int, int]:
+    """How many refer to a tensor in Python, to what is behind it, and to its memory, this call included."""
+    behind: int = tensor._use_count()  # type: ignore[attr-defined]
+    return sys.getrefcount(tensor), behind, torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
+
+
+def _alone() -> tuple[int, int, int]:
+    """The same of a tensor that nobody else holds, asked as `_unshared` asks: it differs between versions."""
+    gradient = torch.zeros(1)
+    return (lambda gradient: _references(gradient))(gradient)
+
+
+_ALONE = _alone()
 
 
 class _Mover:
