@@ -213,6 +213,25 @@ class Buffered(torch.autograd.Function):
         return g, ctx.buffer, None
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_gradients_that_nobody_else_holds_are_not_copied(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Piece by piece, a weight's gradient stays in the memory that autograd gave it: no weight's is there twice."""
+    seen, real = set(), torch.autograd.grad
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        found = real(*args, **kwargs)
+        seen.update(gradient.data_ptr() for gradient in found if gradient is not None)
+        return found
+
+    monkeypatch.setattr(torch.autograd, "grad", recorded)
+    model = make(name)
+    pc = PCModel(model, PCConfig(solver="state", sweeps=8, relative_std=0.3, step_size=0.3))
+    pc.accumulate_grad(**batch())
+    inside = [p for n, p in model.named_parameters() if any(node.name in n for node in pc.nodes) and p.dim() == 2]
+    assert inside
+    assert all(p.grad is not None and p.grad.data_ptr() in seen for p in inside)
+
+
 def test_gradients_that_others_hold_are_copied() -> None:
     """What a hook keeps, what a function keeps and what is expanded is not scaled where it is."""
 

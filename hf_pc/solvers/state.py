@@ -199,22 +199,27 @@ def _unshared(gradient: Tensor) -> bool:
     if _address(gradient) == 0 or gradient.untyped_storage().nbytes() != gradient.nbytes:
         return False
     whole = gradient.is_contiguous() or (gradient.dim() == 2 and gradient.t().is_contiguous())
-    return whole and all(now <= alone for now, alone in zip(_references(gradient), _ALONE, strict=True))
+    alone = _ALONE[gradient._is_view()]
+    return whole and all(now <= known for now, known in zip(_references(gradient), alone, strict=True))
 
 
-def _references(tensor: Tensor) -> tuple[int, int, int]:
-    """How many refer to a tensor in Python, to what is behind it, and to its memory, this call included."""
+def _references(tensor: Tensor) -> tuple[int, int, int, int]:
+    """How many refer to a tensor in Python, to what is behind it, to its memory, and to what it is a view of."""
     behind: int = tensor._use_count()  # type: ignore[attr-defined]
-    return sys.getrefcount(tensor), behind, torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
+    memory: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
+    base = tensor._base
+    return sys.getrefcount(tensor), behind, memory, 0 if base is None else sys.getrefcount(base)
 
 
-def _alone() -> tuple[int, int, int]:
+@torch.no_grad()
+def _alone(view: bool) -> tuple[int, int, int, int]:
     """The same of a tensor that nobody else holds, asked as `_unshared` asks: it differs between versions."""
-    gradient = torch.zeros(1)
+    gradient = torch.zeros(1, 1).t() if view else torch.zeros(1, 1)
     return (lambda gradient: _references(gradient))(gradient)
 
 
-_ALONE = _alone()
+#: of a tensor with memory of its own, and of a view of all of another that only the view refers to
+_ALONE = {view: _alone(view) for view in (False, True)}
 
 
 class _Mover:
