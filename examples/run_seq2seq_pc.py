@@ -118,9 +118,8 @@ def tokenize(data: DatasetDict, tokenizer: Any, args: Arguments) -> DatasetDict:
 def show_examples(model: Any, tokenizer: Any, data: Any, longest: int, count: int = 4) -> None:
     model.eval()
     for row in first(data.select(range(0, len(data), max(1, len(data) // count))), count):
-        ids = tokenizer(row["source"], truncation=True, max_length=longest, return_tensors="pt")["input_ids"].to(
-            model.device
-        )
+        read = tokenizer(row["source"], truncation=True, max_length=longest, return_tensors="pt")
+        ids = read["input_ids"].to(model.device)
         with torch.no_grad():
             made = model.generate(input_ids=ids, max_new_tokens=20, do_sample=False)
         print(f"{row['source']}\n    asked: {row['target']}\n    made:  {tokenizer.decode(made[0], True)}")

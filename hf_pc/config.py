@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -272,7 +273,7 @@ class PCConfig:
         if given is None or isinstance(given, dict):
             return cls.from_dict(given or {})
         if not isinstance(given, cls):
-            raise ValueError(f"a PCConfig, its dictionary or None is needed, not a {type(given).__name__}")
+            raise ValueError(f"a PCConfig, its dictionary or None is needed, not {reprlib.repr(given)}")
         return given
 
     @classmethod

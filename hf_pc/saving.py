@@ -94,7 +94,8 @@ class SavingMixin:
             auto_class: such as AutoModelForCausalLM; default: the class that the model, or the base model of an
                 adapter, was saved from.
             config: used instead of `pc_config.json`.
-            kwargs: for `auto_class.from_pretrained`; `HUB_OPTIONS` go to both.
+            kwargs: for `auto_class.from_pretrained`; revision, token, cache_dir, subfolder, local_files_only and
+                force_download go to both.
 
         Raises:
             ValueError: the model was saved from a class that transformers does not have, and no auto_class is given.

@@ -15,7 +15,6 @@ through `StateFunction`.
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -115,17 +114,14 @@ class StateSolver(Solver):
         inputs = [s.leaf for s in below] + weights
         if not inputs:
             return
-        given = self.signal(site).to(mu.dtype)
-        found = list(torch.autograd.grad(mu, inputs, given, allow_unused=True))
+        found = list(torch.autograd.grad(mu, inputs, self.signal(site).to(mu.dtype), allow_unused=True))
         for lower, gradient in zip(below, found, strict=False):
             if gradient is not None:
                 lower.signal = gradient if lower.signal is None else lower.signal + gradient
-        memory = Counter(_address(g) for g in (given, *found) if g is not None)
         for weight in reversed(weights):
             gradient = found.pop()
             if gradient is not None:
-                alone = memory[_address(gradient)] == 1 and _unshared(gradient)
-                relaxation.hold(weight, gradient if alone else gradient.clone())
+                relaxation.hold(weight, gradient if _unshared(gradient) else gradient.clone())
 
     def gradients(self, relaxation: Relaxation, output_energy: Tensor) -> list[Tensor]:
         return self._taken(relaxation, self.found_gradients(relaxation, output_energy))
@@ -185,18 +181,14 @@ class StateSolver(Solver):
         return mover.confirm
 
 
-def _address(tensor: Tensor) -> int:
-    """Where a tensor's memory begins; 0 for what is no plain tensor with memory of its own."""
-    plain = type(tensor) is Tensor and tensor.layout == torch.strided
-    return tensor.untyped_storage().data_ptr() if plain else 0
-
-
 def _unshared(gradient: Tensor) -> bool:
-    """Whether a plain gradient fills its memory, number by number, and only the caller's variable refers to it.
+    """Whether a gradient is a plain tensor that fills its memory, and only the caller's variable refers to either.
 
-    A hook may have kept it, and what autograd returns may be a buffer of the function that it went through.
+    Autograd gives several inputs one tensor where it can; a hook may have kept it; it may be a buffer of the function
+    that it went through.
     """
-    if _address(gradient) == 0 or gradient.untyped_storage().nbytes() != gradient.nbytes:
+    plain = type(gradient) is Tensor and gradient.layout == torch.strided
+    if not plain or gradient.untyped_storage().nbytes() != gradient.nbytes:
         return False
     whole = gradient.is_contiguous() or (gradient.dim() == 2 and gradient.t().is_contiguous())
     alone = _ALONE[gradient._is_view()]
