@@ -116,7 +116,8 @@ def text_tower(model: nn.Module) -> str | None:
 
 def is_checkpointing(model: nn.Module) -> bool:
     """Whether a model's own activation checkpointing is switched on."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    # a module asked for what it lacks looks for it among its parameters, buffers and children
+    return any(vars(module).get("gradient_checkpointing", False) for module in model.modules())
 
 
 def layer_drop(model: nn.Module) -> str | None:

@@ -177,10 +177,13 @@ class Site:
         self.gradient_square: Tensor
         self.signal_square: Tensor
 
-    def step(self, gradient: Tensor) -> Tensor:
-        """A full step against `gradient`: to the minimum of the node's energy plus a plane of that slope."""
-        step = self.node.energy.precondition(gradient, self.prediction, self.precision)
-        return step if self.node.step_factor == 1 else self.node.step_factor * step
+    def step(self, gradient: Tensor, rate: float = 1.0) -> Tensor:
+        """A step against `gradient`, to be added to the state: at rate 1, and without a factor of the node's own, to
+        the minimum of its energy plus a plane of that slope."""
+        energy, rate = self.node.energy, rate * self.node.step_factor
+        if energy.quadratic:  # in one pass over memory
+            return gradient / (self.precision / -rate)
+        return -rate * energy.precondition(gradient, self.prediction, self.precision)
 
     def column(self, values: Tensor) -> Tensor:
         """[batch] spread over the leading dimension of a state: a column that broadcasts against the error."""
@@ -266,9 +269,9 @@ def _learned_signal(site: Site, sweep: Any, error: Tensor, signal: Tensor, gradi
     energy = site.node.energy
     if energy.quadratic and sweep.step_size * site.node.step_factor == 1:
         if sweep.phase.followed:
-            site.last_move = -sweep.step_size * site.step(signal)
+            site.last_move = site.step(signal, sweep.step_size)
         return signal
-    target = error - sweep.step_size * site.step(gradient)
+    target = error + site.step(gradient, sweep.step_size)
     if sweep.phase.followed:
         site.last_move = target
     energy.observe(target, site.precision)

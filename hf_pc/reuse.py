@@ -45,12 +45,14 @@ class FirstPrediction:
         self._model = model
         self._module = guess
         self._kept: tuple[Any, RandomState] | None = None
-        self._versions: list[int] = []  # of the model's tensors when it was kept
+        self._tensors: list[Tensor] = []  # of the model, as a step found them
+        self._versions: list[int] = []  # of these, when it was kept
         self._ran = self._mistaken = self._runs_again = False
 
     def forget(self) -> None:
         """Begin a step."""
         self._kept, self._mistaken = None, False
+        self._tensors = []
 
     def begin_pass(self) -> None:
         self._ran = False
@@ -77,8 +79,8 @@ class FirstPrediction:
 
     def _written(self) -> list[int]:
         """How often each tensor of the model has been written to."""
-        tensors = chain(self._model.parameters(), self._model.buffers())
-        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        self._tensors = self._tensors or list(chain(self._model.parameters(), self._model.buffers()))
+        return [0 if tensor.is_inference() else tensor._version for tensor in self._tensors]
 
     def spend(self) -> None:
         """A learning pass has taken the graph: what is kept is the numbers alone."""

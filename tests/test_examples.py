@@ -224,6 +224,8 @@ def test_step_cost(
     assert [line["sweeps"] for line in lines] == [int(count) for count in sweeps]
     assert all(line["time_ratio"] > 0 and line["memory_ratio"] > 0 for line in lines)
     assert [line["limit"] for line in lines] == [1.0, 2.333][-len(sweeps) :]
+    assert all(line["over_passes"] == line["over_limit"] for line in lines if line["sweeps"] == 1)  # no pass but BP's
+    assert all(0 < line["sweep_ratio"] < 10 for line in lines)
     assert all(("time_ratio_compiled" in line) == ("--compile" in more) for line in lines)
     assert all(("memory_ratio_checkpointed" in line) == ("--checkpointing" in more) for line in lines)
 

@@ -71,9 +71,10 @@ def test_a_site_knows_what_its_states_pass_through() -> None:
 
 
 def test_a_step_is_the_energys_own() -> None:
-    """-dF/dx over the precision, times the node's factor, which is 1 unless it is given."""
-    torch.testing.assert_close(site().step(MU), MU / 2)
-    torch.testing.assert_close(site(step_factor=0.3).step(MU), 0.3 * MU / 2)
+    """-dF/dx over the precision, times a rate and the node's factor, which are 1 unless they are given."""
+    torch.testing.assert_close(site().step(MU), -MU / 2)
+    torch.testing.assert_close(site().step(MU, 0.5), -MU / 4)
+    torch.testing.assert_close(site(step_factor=0.3).step(MU), -0.3 * MU / 2)
 
 
 def test_what_an_energy_cannot_take_is_refused() -> None:

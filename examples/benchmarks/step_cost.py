@@ -7,6 +7,10 @@ Prints one JSON line per T. With --compile also what `compile=True` makes of a s
 with --checkpointing also the memory of either kind with activation checkpointing, over that of backprop without. A
 step is everything up to the gradient, with --optimizer also AdamW's part, which is the same for both. Time is the
 median of interleaved pairs; memory is the own peak of each over the built model, on a CPU in a process of its own.
+
+The limit (2T + 1) / 3 takes a sweep, a forward and a backward pass without the weights' gradients, for two thirds of a
+step of backprop. `sweep_ratio` is what such a pass of the plain model takes on this machine, and `over_passes` what a
+step of predictive coding costs beyond T - 1 of them and a step of backprop: the part that is its own.
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ from hf_pc.compilation import compile_parts
 from hf_pc.measurements import relaxed_fraction
 from hf_pc.output import Output
 from hf_pc.placement import resolve
+
+BACKPROP, PASS = 0, -1  #: kinds of steps beside those of T sweeps
 
 SETTING = ("model", "solver", "layers", "hidden", "sequence", "batch", "vocab", "threads", "mixed_precision",
            "optimizer", "seed")  # fmt: skip
@@ -87,6 +93,15 @@ def backprop(model: Any, inputs: dict[str, torch.Tensor], output: Output) -> dic
     return {}
 
 
+def frozen_pass(model: Any, inputs: dict[str, torch.Tensor], output: Output) -> dict[str, float]:
+    """What no sweep can do without: forward, and back to what comes in, past weights that want no gradient."""
+    batch, labels = output.split(inputs)
+    vectors = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
+    energy = output.energy(model(inputs_embeds=vectors).logits, labels)
+    torch.autograd.grad(energy.sum(), vectors)
+    return {}
+
+
 def predictive_coding(pc: PCModel, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
     with pc.relaxed(inputs) as relaxation:
         loss = pc.learning_pass(inputs)[0]  # without the logits, which backprop has no more at this point
@@ -99,20 +114,23 @@ def predictive_coding(pc: PCModel, inputs: dict[str, torch.Tensor]) -> dict[str,
 def stepper(
     model: Any, inputs: dict[str, torch.Tensor], sweeps: int, args: argparse.Namespace, compiled: bool = False
 ) -> Callable[[], dict[str, float]]:
-    """A step with `sweeps` sweeps, 0 being backprop, from cleared gradients; the model becomes its own."""
+    """A step with `sweeps` sweeps, of BACKPROP or PASS, from cleared gradients; the model becomes its own."""
     if args.mixed_precision != "no":
         Accelerator(mixed_precision=args.mixed_precision, cpu=not torch.cuda.is_available()).prepare_model(model)
-    config = PCConfig(relative_std=0.2, sweeps=sweeps, solver=args.solver, compile=compiled) if sweeps else None
+    config = PCConfig(relative_std=0.2, sweeps=sweeps, solver=args.solver, compile=compiled) if sweeps > 0 else None
     pc = PCModel(model, config) if config else None
     output = Output.of(model)
-    if compiled and not sweeps:
+    if compiled and pc is None:
         compile_parts(resolve(model, PCConfig()), output, active=lambda: True)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6) if args.optimizer else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6) if args.optimizer and sweeps != PASS else None
+    if sweeps == PASS:
+        model.requires_grad_(False)
+    plain = frozen_pass if sweeps == PASS else backprop
 
     def step() -> dict[str, float]:
         model.zero_grad()
-        facts = backprop(model, inputs, output) if pc is None else predictive_coding(pc, inputs)
+        facts = plain(model, inputs, output) if pc is None else predictive_coding(pc, inputs)
         if optimizer is not None:
             optimizer.step()
         if torch.cuda.is_available():
@@ -172,12 +190,28 @@ def quotients(numerators: list[float], denominators: list[float]) -> list[float]
     return [above / below for above, below in zip(numerators, denominators, strict=True)]
 
 
-def of_compiled(times: dict[tuple[int, bool], list[float]], sweeps: int) -> dict[str, Any]:
+Times = dict[tuple[int, bool], list[float]]
+
+
+def of_passes(times: Times, sweeps: int, compiled: bool) -> dict[str, float]:
+    """What a sweep's passes take of a step of backprop, and what the step takes beyond them and such a step."""
+    passes = [
+        (sweeps - 1) * one + step
+        for one, step in zip(times[PASS, compiled], times[BACKPROP, compiled], strict=True)
+    ]  # fmt: skip
+    return {
+        "sweep_ratio": round(statistics.median(quotients(times[PASS, compiled], times[BACKPROP, compiled])), 3),
+        "over_passes": round(statistics.median(quotients(times[sweeps, compiled], passes)) - 1, 3),
+    }
+
+
+def of_compiled(times: Times, sweeps: int) -> dict[str, Any]:
     """The same of compiled blocks, and what compiling them gains."""
-    ratios = quotients(times[sweeps, True], times[0, True])
-    kinds = (("pc", sweeps), ("backprop", 0))
+    ratios = quotients(times[sweeps, True], times[BACKPROP, True])
+    kinds = (("pc", sweeps), ("backprop", BACKPROP))
     return {
         "time_ratio_compiled": round(statistics.median(ratios), 3),
+        **{f"{name}_compiled": value for name, value in of_passes(times, sweeps, compiled=True).items()},
         "compiled_over_not": {
             name: round(statistics.median(quotients(times[kind, True], times[kind, False])), 3) for name, kind in kinds
         },
@@ -193,36 +227,37 @@ def main() -> None:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, inputs = build(args, device)
-    kinds = [(sweeps, False) for sweeps in (0, *dict.fromkeys(args.sweeps))]
+    kinds = [(sweeps, False) for sweeps in (BACKPROP, PASS, *dict.fromkeys(args.sweeps))]
     if args.compile:
         kinds += [(sweeps, True) for sweeps, _ in kinds]
     steps = {kind: stepper(copy.deepcopy(model), inputs, kind[0], args, kind[1]) for kind in kinds}
     facts = {kind: step() for kind, step in steps.items() for _ in range(2)}
-    times: dict[tuple[int, bool], list[float]] = {kind: [] for kind in kinds}
+    times: Times = {kind: [] for kind in kinds}
     for _ in range(args.runs):
         for kind in kinds:
             times[kind].append(seconds(steps[kind]))
     steps.clear()
-    backprop_bytes = memory(args, 0)
+    backprop_bytes = memory(args, BACKPROP)
     for sweeps in dict.fromkeys(args.sweeps):
-        ratios = quotients(times[sweeps, False], times[0, False])
+        ratios = quotients(times[sweeps, False], times[BACKPROP, False])
         ratio, limit = statistics.median(ratios), (2 * sweeps + 1) / 3
         line = {
             **{n: getattr(args, n) for n in SETTING},
             "sweeps": sweeps, "time_ratio": round(ratio, 3), "time_ratio_quartiles":
             [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]] if len(ratios) > 1 else None,
             "limit": round(limit, 3), "over_limit": round(ratio / limit - 1, 3),
+            **of_passes(times, sweeps, compiled=False),
             "memory_ratio": round(memory(args, sweeps) / backprop_bytes, 3),
             "backprop_gib": round(backprop_bytes / 2**30, 2),
             **({"memory_ratio_checkpointed": {
                 name: round(memory(args, kind, checkpointed=True) / backprop_bytes, 3)
-                for name, kind in (("pc", sweeps), ("backprop", 0))
+                for name, kind in (("pc", sweeps), ("backprop", BACKPROP))
             }} if args.checkpointing else {}),
             **{name: round(value, 5) for name, value in facts[sweeps, False].items()},
             **(of_compiled(times, sweeps) if args.compile else {}),
             "milliseconds": {
                 name: round(1000 * statistics.median(times[kind, False]), 2)
-                for name, kind in (("pc", sweeps), ("backprop", 0))
+                for name, kind in (("pc", sweeps), ("backprop", BACKPROP))
             },
             "machine": f"{processor(device)}, torch {torch.__version__}", "runs": args.runs,
         }  # fmt: skip

@@ -34,12 +34,16 @@ class Descent:
         tolerance: the residual under which a sequence stays where it is.
         depth: how many moves the acceleration remembers; 0 is none.
         first_rate: of each sequence's first move.
+        from_zero: whether all leaves are zero before that.
     """
 
-    def __init__(self, relaxation: Relaxation, tolerance: float, depth: int, first_rate: float = 1.0) -> None:
+    def __init__(
+        self, relaxation: Relaxation, tolerance: float, depth: int, first_rate: float = 1.0, *, from_zero: bool = False
+    ) -> None:
         self.relaxation = relaxation
         self.tolerance = tolerance
         self.first_rate = first_rate
+        self.from_zero = from_zero
         self.acceleration = Acceleration(relaxation, depth) if depth else None
         lower = relaxation.lower
         self.rounding = ROUNDING[_compute_dtype(relaxation)] if lower is None else LOWER[lower]
@@ -80,7 +84,7 @@ class Descent:
     def move(self, stands: Tensor, gradients: list[Tensor]) -> None:
         """Keep what the sweep reached where it stands, and put the next leaves into the sites; empties `gradients`."""
         sites = self.relaxation.sites
-        directions = [-site.step(gradients.pop(0)) for site in sites]
+        directions = [site.step(gradients.pop(0)) for site in sites]
         leaves = [site.leaf.detach() for site in sites]
         if self.tolerance:
             residual = self.relaxation.residual().to(stands.device)
@@ -94,6 +98,7 @@ class Descent:
             if not known_to_hold(stands):
                 leaves = self._mix(stands, leaves, self.best)
                 directions = self._mix(stands, directions, self.direction)
+        at_zero = self.from_zero and not self.best
         steps = directions
         if self.best and self.acceleration:
             steps = self.acceleration.steps((self.best, self.direction), (leaves, directions), self.rate < 1)
@@ -101,7 +106,9 @@ class Descent:
         rate = self.rate
         if self.tolerance:  # a converged sequence stays
             rate = torch.where(self.converged(), 0.0, rate)
-        if known_to_hold(rate == 1):
+        if at_zero and self.first_rate == 1 and not self.tolerance:
+            moved = [step.detach() for step in steps]
+        elif known_to_hold(rate == 1):
             moved = [leaf + step for leaf, step in zip(leaves, steps, strict=True)]
         else:
             columns = self.relaxation.columns(rate)

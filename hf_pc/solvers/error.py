@@ -39,7 +39,7 @@ class ErrorSolver(Solver):
         for _ in range(relaxation.passes(self.sweeps) - 1):
             relaxation.begin(RELAX, measures=self.tolerance > 0)
             energy = forward()
-            descent = descent or Descent(relaxation, self.tolerance, self.depth)
+            descent = descent or Descent(relaxation, self.tolerance, self.depth, from_zero=True)
             stands = descent.judge()
             descent.move(stands, self.gradients(relaxation, energy))
             if self.tolerance and relaxation.agree(bool(descent.converged().all())):
@@ -62,4 +62,4 @@ class ErrorSolver(Solver):
 
     def next_leaf(self, relaxation: Relaxation, site: Site, gradient: Tensor, step: float) -> Tensor:
         """The errors of a site after a move by a fixed step."""
-        return site.leaf.detach() - step * site.step(gradient)
+        return site.leaf.detach() + site.step(gradient, step)

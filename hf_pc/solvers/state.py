@@ -231,7 +231,7 @@ class _Mover:
 
     def move(self, gradients: list[Tensor]) -> None:
         for site, gradient in zip(self.relaxation.sites, gradients, strict=True):
-            site.leaf = (site.leaf.detach() - self.step * site.step(gradient)).requires_grad_()
+            site.leaf = (site.leaf.detach() + site.step(gradient, self.step)).requires_grad_()
 
     def settle(self) -> None:
         """No more moves are to come."""
@@ -279,7 +279,7 @@ class _Optimizing(_Mover):
             cls, arguments = self.kind
             self.optimizer = cls(self.moved, lr=self.step, **arguments)  # type: ignore[call-arg]
         for site, moved, gradient in zip(sites, self.moved, gradients, strict=True):
-            moved.grad = site.step(gradient) * site.precision.sqrt()
+            moved.grad = site.step(gradient, -1.0) * site.precision.sqrt()
         self.optimizer.step()
         for site, start, moved in zip(sites, self.start, self.moved, strict=True):
             site.leaf = (start + moved / site.precision.sqrt()).requires_grad_()
