@@ -16,7 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from hf_pc.architecture import base_model, text_tower
-from hf_pc.energies import ENERGIES, LogitEnergy, wide
+from hf_pc.dtypes import wide
+from hf_pc.energies import ENERGIES, LogitEnergy
 from hf_pc.node import Node
 
 #: what attached models have as `_attn_implementation`

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_pc.dtypes import wide, wide_dtype
 from hf_pc.registry import Registry
 
 
@@ -295,7 +295,7 @@ class LearnedVarianceEnergy(Energy):
 
     def observe(self, error: Tensor, precision: Tensor) -> None:
         live = error.ne(0).any(-1, keepdim=True)  # no signal came to the others: padding, or after the last label
-        gradient = (live * (1 - self._scaled(precision) * error.square())).flatten(0, -2).sum(0).double().cpu()
+        gradient = (live * (1 - self._scaled(precision) * error.square())).flatten(0, -2).sum(0).cpu().double()
         self._gradient = gradient if self._gradient is None else self._gradient + gradient
         self._tokens += int(live.sum())
 
@@ -331,19 +331,3 @@ def relative_precision(prediction: Tensor, relative_std: float) -> Tensor:
     mean_square = norms.square() / prediction.shape[-1]
     floor = torch.finfo(torch.float32).eps ** 2  # a prediction of zeros: finite, and far under any real activity
     return (relative_std**2 * mean_square.clamp_min(floor)).reciprocal()
-
-
-def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """What the errors of a node with this prediction are kept in: float32, or float64 for float64."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in the precision in which errors are kept, see `wide_dtype`."""
-    return tensor.to(wide_dtype(tensor))
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Inside, autocast lowers nothing on a device; some sums of products would be."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()

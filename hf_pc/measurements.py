@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_pc.dtypes import exact
+
 #: under this relaxed_fraction a step is backprop's in all but name
 BACKPROP_LIKE = 0.02
 #: under this residual a batch is at its equilibrium
@@ -20,13 +22,13 @@ EVERY_PHASE = ("sweeps", "tried", "refused", "residual", "sequences", "bias", "n
 
 
 def on_cpu(scalars: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scalars of float64 on the CPU; a device is read once, however many of them it has."""
+    """Scalars as float64 on the CPU; a device is read once, however many of them it has."""
     found: dict[str, Tensor] = {}
     by_device: dict[torch.device, list[str]] = {}
     for name, value in scalars.items():
         by_device.setdefault(value.device, []).append(name)
     for names in by_device.values():
-        values = torch.stack([scalars[name] for name in names]).detach().cpu()
+        values = torch.stack([exact(scalars[name]) for name in names]).detach().cpu().double()
         # each by itself: a view is sent to other processes with all that it is a view of
         found |= {name: value.clone() for name, value in zip(names, values, strict=True)}
     return {name: found[name] for name in scalars}

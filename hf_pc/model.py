@@ -32,6 +32,7 @@ from hf_pc.attention import AttentionNodes
 from hf_pc.batch_state import NO_CHECKPOINTING, RunningStatistics, copied, drop_nothing
 from hf_pc.compilation import compile_parts
 from hf_pc.config import PCConfig
+from hf_pc.dtypes import exact
 from hf_pc.learning import PLAIN, Phase, phases_of
 from hf_pc.measurements import EVERY_PHASE, add_sums, summary
 from hf_pc.node import LEARN, RELAX, Node, Strength
@@ -508,7 +509,7 @@ class PCModel(SavingMixin):
         assert relaxation.states is not None
         return RelaxationOutput(
             **summary(sums),
-            feedforward_energy=float(self.share.sum(relaxation.feedforward_energy.double().sum()))
+            feedforward_energy=float(self.share.sum(exact(relaxation.feedforward_energy).sum()))
             / float(relaxation.tokens),
             states=relaxation.states,
             errors={site.label: site.error.detach().contiguous() for site in relaxation.sites},

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_pc.energies import Energy, relative_precision, wide, wide_dtype
+from hf_pc.dtypes import sum_dtype, wide, wide_dtype
+from hf_pc.energies import Energy, relative_precision
 
 RELAX, LEARN = "relax", "learn"
 
@@ -144,8 +145,8 @@ class Site:
 
     A module that runs several times in one pass (shared layers) has as many sites. `leaf` is what the solver moves,
     the error or the state; `error` is x - mu at the last pass, `prediction` mu where the energy needs it. Sums are per
-    sequence, [batch], float64: `energy` in nats; `gradient_square` and `signal_square` are |dF/dx|^2 and |g|^2 in
-    units of the energy's curvature. `prediction_norm` is the root of a sum of squares, in `wide` precision.
+    sequence, [batch], in `sum_dtype`: `energy` in nats; `gradient_square` and `signal_square` are |dF/dx|^2 and
+    |g|^2 in units of the energy's curvature. `prediction_norm` is the root of a sum of squares, in `wide` precision.
     """
 
     def __init__(self, node: Node, label: str, mu: Tensor, strength: Strength, batch: int) -> None:
@@ -171,7 +172,8 @@ class Site:
         self.precision = strength.of(node, label, mu)
         self.energy: Tensor
         self.rest_energy: Tensor  # the energy of no error, such as the logarithm of a learned sigma
-        self.zeros = torch.zeros(batch, dtype=torch.float64, device=mu.device)  # shared, and so never written to
+        # shared, and so never written to
+        self.zeros = torch.zeros(batch, dtype=sum_dtype(mu.device), device=mu.device)
         self.prediction_norm: Tensor
         self.size: int | Tensor  # how many numbers that is the sum over
         self.gradient_square: Tensor
@@ -195,13 +197,13 @@ class Site:
         return rows.view(-1, *[1] * (len(self.shape) - 1))
 
     def per_sequence(self, values: Tensor, batch: int) -> Tensor:
-        """Sums over all but the batch, [batch], float64. `values` has the state's leading dimensions."""
-        return values.reshape(batch, -1).sum(1, dtype=torch.float64)
+        """Sums over all but the batch, [batch]. `values` has the state's leading dimensions."""
+        return values.reshape(batch, -1).sum(1, dtype=sum_dtype(values.device))
 
     def weighted(self, values: Tensor, batch: int) -> Tensor:
         """Several values of each token, [n, ...], times the precision: the sums of each sequence, [n, batch]."""
         precision = self.precision.squeeze(-1) if self.precision.dim() else self.precision
-        return (values * precision).reshape(len(values), batch, -1).sum(2, dtype=torch.float64)
+        return (values * precision).reshape(len(values), batch, -1).sum(2, dtype=sum_dtype(values.device))
 
     def norm(self, values: Tensor, batch: int) -> Tensor:
         """The root of the sum of squares over all but the batch, [batch]; no copy in `wide` precision is made."""

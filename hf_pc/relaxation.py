@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_pc.energies import wide
+from hf_pc.dtypes import exact, sum_dtype, wide
 from hf_pc.learning import PLAIN, Phase
 from hf_pc.measurements import on_cpu, residual
 from hf_pc.node import LEARN, RELAX, Boundary, LossScale, Node, Site, Strength
@@ -93,7 +93,7 @@ class Relaxation:
         self.scale: Tensor | float = 1.0
         self.sweeps = 0
         self.tried = 0
-        self.refused = torch.zeros((), dtype=torch.float64)
+        self.refused = torch.zeros((), dtype=torch.int64)
         self.output_energy: Tensor | None = None  # nats times strength, without signs, [batch], of the last pass
         self.feedforward_energy: Tensor | None = None  # the same of the first pass, where every error is zero
         self.top_signal: TopSignal = TopSignal(None if before is None else before.top_signal)
@@ -320,11 +320,11 @@ class Relaxation:
         return self.phase.weight * total
 
     def free_energy(self) -> Tensor:
-        """F of each sequence at the last pass, nats, [batch], float64."""
+        """F of each sequence at the last pass, nats, [batch], in `sum_dtype`."""
         return self._free_energy(signed=True)
 
     def rest_energy(self) -> Tensor:
-        """F of each sequence where every error is zero, nats, [batch], float64."""
+        """F of each sequence where every error is zero, nats, [batch], in `sum_dtype`."""
         assert self.feedforward_energy is not None
         return self._with_sites(self.signed(self.feedforward_energy), "rest_energy")
 
@@ -335,7 +335,7 @@ class Relaxation:
     def _with_sites(self, values: Tensor, name: str) -> Tensor:
         """Values of each sequence, [batch], and what all sites measured under this name, wherever they are."""
         measured = [getattr(site, name) for site in self.sites]
-        return self.share.sum(_together([values.double(), *measured], values.device).sum(0))
+        return self.share.sum(_together([exact(values), *measured], values.device).sum(0))
 
     def _squares(self) -> tuple[Tensor, Tensor]:
         """|dF/dx|^2 and |g|^2 of each sequence, over all nodes, [batch]."""
@@ -348,7 +348,7 @@ class Relaxation:
         pairs = [square for site in self.sites for square in (site.gradient_square, site.signal_square)]
         squares = (
             _together(pairs, device).view(-1, 2, self.batch).sum(0) if pairs
-            else torch.zeros(2, self.batch, dtype=torch.float64, device=device)
+            else torch.zeros(2, self.batch, dtype=sum_dtype(device), device=device)
         )  # fmt: skip
         gradient, signal = self.share.sum(squares).unbind()
         return gradient, signal
@@ -380,20 +380,19 @@ class Relaxation:
         assert self.output_energy is not None
         gradient, signal = self._squares()
         free_energy = self._free_energy(signed=False)
-        scalar: Callable[[Any], Tensor] = lambda value: torch.as_tensor(value, dtype=torch.float64)  # noqa: E731
         sums = {
-            "tokens": self.tokens.double(),
-            "sequences": (signal > 0).double().sum(),
-            "batches": scalar(1),
-            "sweeps": scalar(self.sweeps),
-            "tried": scalar(self.tried),
+            "tokens": self.tokens,
+            "sequences": (signal > 0).sum(),
+            "batches": torch.tensor(1),
+            "sweeps": torch.tensor(self.sweeps),
+            "tried": torch.tensor(self.tried),
             "refused": self.refused,
             "residual": residual(gradient, signal).sum(),
             "change": self.top_signal.change,
             "reference": self.top_signal.reference,
             "free_energy": free_energy.sum(),
-            "nonfinite": (~free_energy.isfinite()).double().sum(),
-            f"energy/{OUTPUT_LABEL}": self.output_energy.detach().double().sum(),
+            "nonfinite": (~free_energy.isfinite()).sum(),
+            f"energy/{OUTPUT_LABEL}": exact(self.output_energy.detach()).sum(),
         }
         if self.mode == LEARN and self.phase.last:  # what is learned is known once all phases are
             sums["bias"] = self.top_signal.bias()
@@ -402,12 +401,12 @@ class Relaxation:
             energies = _together([site.energy for site in self.sites], device).sum(1)
             errors = [site.norm(site.error.detach(), self.batch) for site in self.sites]
             norms = _together(errors + [site.prediction_norm for site in self.sites], device)
-            squares = norms.double().square().sum(1).view(2, -1)
+            squares = exact(norms).square().sum(1).view(2, -1)
             for site, energy, error, prediction in zip(self.sites, energies, *squares, strict=True):
                 sums[f"energy/{site.label}"] = energy
                 sums[f"error_square/{site.label}"] = error
                 sums[f"prediction_square/{site.label}"] = prediction
-                sums[f"size/{site.label}"] = scalar(site.size)
+                sums[f"size/{site.label}"] = torch.as_tensor(site.size)
         return self.share.merge(on_cpu(sums))
 
 

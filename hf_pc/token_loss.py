@@ -15,6 +15,7 @@ from transformers.trainer_utils import default_compute_objective
 
 from hf_pc.architecture import auxiliary_loss
 from hf_pc.callbacks import PCProgressCallback
+from hf_pc.dtypes import exact
 from hf_pc.output import IGNORED, Output
 from hf_pc.own_loss import NO_LABELS, OTHER_LOSS, OTHER_TASK, Comparison, compare
 from hf_pc.processes import gathered
@@ -124,7 +125,7 @@ class TokenLossMixin(_TrainerPart):
         energy, outputs = self._output_energy(model, inputs)
         if not learning:  # [batch]; a learning pass hands over its sum
             tokens = labels.ne(IGNORED).flatten(1).sum(1) if labels.dim() > 1 else labels.ne(IGNORED).long()
-            self._evaluated = [energy.detach().double(), tokens.to(energy.device).double()]
+            self._evaluated = [exact(energy.detach()), exact(tokens.to(energy.device))]
             self._perplexity = self.output.perplexity_of(labels)
         items = num_items_in_batch if num_items_in_batch is not None else labels.ne(IGNORED).sum()
         # a model over several devices ends on another than it begins

@@ -7,6 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_pc.dtypes import exact
+
 
 class TopSignal:
     """That of one phase, in nats times the phase's strength.
@@ -34,9 +36,9 @@ class TopSignal:
             self._at_rest = signal.detach()
             if self._feedforward is None:
                 self._feedforward = self._at_rest
-            self.reference = torch.linalg.vector_norm(signal).double().square()
+            self.reference = exact(torch.linalg.vector_norm(signal)).square()
         else:
-            self.change = torch.linalg.vector_norm(signal - self._at_rest).double().square()
+            self.change = exact(torch.linalg.vector_norm(signal - self._at_rest)).square()
 
     def note_learned(self, signal: Tensor, weight: float) -> None:
         """Note what the top node's module learns from in this phase, and the phase's weight in the step."""
@@ -47,5 +49,5 @@ class TopSignal:
         """|what was learned from - g of a feedforward pass|^2, over all phases so far."""
         if self._learned is None or self._feedforward is None:
             return torch.zeros((), dtype=torch.float64)
-        bias: Tensor = torch.linalg.vector_norm(self._learned - self._feedforward).double().square()
-        return bias
+        bias = torch.linalg.vector_norm(self._learned - self._feedforward)
+        return exact(bias).square()

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from two_devices import place, two_devices
 
 from hf_pc import PCConfig, PCModel
-from hf_pc.diagnostics import largest_curvature
+from hf_pc.diagnostics import compare_with_backprop, largest_curvature
 
 SETTINGS: list[dict[str, Any]] = [
     {"relative_std": 0.5, "sweeps": 4}, {"relative_std": 0.5, "sweeps": 4, "step_size": 0.3, "tolerance": 0.1},
@@ -60,6 +60,27 @@ def test_two_devices_learn_as_one(settings: dict[str, Any]) -> None:
     assert curvature == pytest.approx(expected_curvature, rel=1e-6)
     for name in ("free_energy", "residual", "relaxed_fraction", "refused", "sweeps"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_device_without_float64(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where sums are kept in float32, and nothing is in float64, gradients and figures are those of float64 sums."""
+    whole, model = untied().float(), untied().float()
+    expected = learned(whole, batch(), settings)
+    monkeypatch.setattr("hf_pc.dtypes.WITHOUT_FLOAT64", {"meta"})
+    with two_devices(float64=False):
+        place(model, "meta:0")
+        inputs = {name: value.to("meta:0") for name, value in batch().items()}
+        found = learned(model, inputs, settings)
+        pc = PCModel(model, PCConfig(relative_std=0.5, sweeps=4))
+        assert largest_curvature(pc, inputs, 2) > 0
+        assert all(0 < facts["cosine"] <= 1.001 for facts in compare_with_backprop(pc, inputs).values())
+        pc.detach()
+        mine = {n: p.grad.inner for n, p in model.named_parameters()}
+    if settings.get("relative_std") != 30.0:  # where a rise of F within rounding decides what is refused
+        assert worst(mine, gradients(whole)) < 1e-3
+    for name in ("free_energy", "residual", "relaxed_fraction"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-2, abs=1e-5)
 
 
 @pytest.mark.parametrize("solver", ["error", "state"])

@@ -33,7 +33,7 @@ class Placed(torch.Tensor):
         return dispatch(func, args, kwargs or {})
 
 
-def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def dispatch(func: Any, args: Any, kwargs: dict[str, Any], float64: bool = True) -> Any:
     given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     devices = {v.device for v in given if v.dim() or v.device.type != "cpu"} or {v.device for v in given}
     target = kwargs.get("device")
@@ -49,19 +49,25 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     place = given[0].device if func is torch.ops.aten.copy_.default else place
     if place.type != "meta":
         return output
+    if not float64 and any(isinstance(v, Tensor) and v.dtype == torch.float64 for v in tree_leaves(output)):
+        raise TypeError(f"{func} makes float64 on {place}, which has none")
     return tree_map(lambda value: Placed(value, place) if isinstance(value, Tensor) else value, output)
 
 
 class _Made(TorchDispatchMode):
+    def __init__(self, float64: bool) -> None:
+        super().__init__()
+        self.float64 = float64
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return dispatch(func, args, kwargs or {})
+        return dispatch(func, args, kwargs or {}, self.float64)
 
 
 @contextmanager
-def two_devices() -> Iterator[None]:
-    """Inside, what is made on "meta:i" is real, and has no autocast."""
+def two_devices(*, float64: bool = True) -> Iterator[None]:
+    """Inside, what is made on "meta:i" is real, and has no autocast; without `float64` it fails in that, as on MPS."""
     knows = torch.is_autocast_enabled
-    with _Made(), patch("torch.is_autocast_enabled", lambda kind=None: kind != "meta" and knows(kind or "cpu")):
+    with _Made(float64), patch("torch.is_autocast_enabled", lambda kind=None: kind != "meta" and knows(kind or "cpu")):
         yield
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_pc.dtypes import exact
 from hf_pc.model import PCModel
 
 
@@ -45,12 +46,12 @@ def compare_with_backprop(
             p.grad = grad
     sums: dict[str, Tensor] = {}
     for (name, _), a, b in zip(named, learned, true, strict=True):
-        a, b = a.double().flatten(), b.double().flatten()
+        a, b = exact(a.flatten()), exact(b.flatten())
         row = torch.stack([a @ b, a @ a, b @ b])
         sums[group(name)] = sums.get(group(name), torch.zeros_like(row)) + row
-    tiny = torch.finfo(torch.float64).tiny
     found = {}
     for name, (dot, aa, bb) in sums.items():
+        tiny = torch.finfo(dot.dtype).tiny
         cosine, ratio = dot / (aa * bb).sqrt().clamp_min(tiny), (aa / bb.clamp_min(tiny)).sqrt()
         found[name] = {"cosine": float(cosine), "norm_ratio": float(ratio), "backprop_norm": float(bb.sqrt())}
     return found

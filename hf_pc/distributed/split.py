@@ -34,7 +34,8 @@ from hf_pc.distributed.neighbours import Neighbours, Receipt, Timeline
 from hf_pc.distributed.partition import balanced, check_counts
 from hf_pc.distributed.stage import Stage
 from hf_pc.distributed.weights import Shared, clip_grad_norm, gathered
-from hf_pc.energies import Energy, wide
+from hf_pc.dtypes import wide
+from hf_pc.energies import Energy
 from hf_pc.hub import push
 from hf_pc.model import PCModel
 from hf_pc.node import LEARN, Boundary, Node

@@ -12,7 +12,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from hf_pc.energies import full_precision
+from hf_pc.dtypes import full_precision, sum_dtype
 from hf_pc.relaxation import Relaxation
 
 #: cosines between turns are made smaller by this: where two turns are parallel the equations stay solvable
@@ -61,17 +61,19 @@ class Acceleration:
     def _shares(self, moves: list[list[Tensor]], directions: list[Tensor], device: torch.device) -> Tensor:
         """Of each move, given as its turns, the share to take back, [moves, batch]: least squares."""
         batch, count = self.relaxation.batch, len(moves)
-        found = [torch.zeros(count * (count + 1), batch, dtype=torch.float64, device=device)]
+        found = [torch.zeros(count * (count + 1), batch, dtype=sum_dtype(device), device=device)]
         with full_precision(device):
             for i, site in enumerate(self.relaxation.sites):
                 turns = [move[i] for move in moves]
                 pairs = [torch.linalg.vecdot(one, other) for one in turns for other in (*turns, directions[i])]
                 found.append(site.weighted(torch.stack(pairs), batch).to(device))
         products = self.relaxation.share.sum(torch.stack(found).sum(0)).T.view(batch, count, count + 1)
+        if products.dtype != torch.float64:  # which has no digits for turns that are nearly parallel
+            products = products.cpu().double()
         squares, against = products[..., :-1], products[..., -1]
         size = squares.diagonal(dim1=1, dim2=2).rsqrt()
         size = torch.where(size.isinf(), 0.0, size)
         cosines = squares * size[:, :, None] * size[:, None, :] * (1 - RIDGE)
         cosines.diagonal(dim1=1, dim2=2).fill_(1)
         shares = torch.linalg.solve_ex(cosines, against * size)[0] * size
-        return torch.where(shares.isfinite(), shares, 0.0).T
+        return torch.where(shares.isfinite(), shares, 0.0).T.to(device, sum_dtype(device))

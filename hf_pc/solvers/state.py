@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_pc.energies import wide
+from hf_pc.dtypes import wide
 from hf_pc.node import LEARN, RELAX, Boundary, Site
 from hf_pc.relaxation import Relaxation
 from hf_pc.solvers.base import Solver, register_solver
