@@ -21,8 +21,8 @@ class LoraArguments:
     lora_r: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.0
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["query", "value"], metadata={"help": "Names of modules that get an adapter."}
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of modules that get an adapter; default: PEFT's for the architecture."}
     )
     use_dora: bool = False
 

@@ -110,7 +110,7 @@ def tokenize(data: DatasetDict, tokenizer: Any, args: Arguments) -> DatasetDict:
         inputs = tokenizer(rows["source"], truncation=True, max_length=args.max_source_length)
         targets = tokenizer(rows["target"], truncation=True, max_length=args.max_target_length - 1)["input_ids"]
         return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"],
-                "labels": [ids + end for ids in targets]}  # fmt: skip
+                "labels": [ids if ids[-1:] == end else ids + end for ids in targets]}  # fmt: skip
 
     return data.map(encode, batched=True, remove_columns=data["train"].column_names, load_from_cache_file=False)
 

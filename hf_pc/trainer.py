@@ -194,7 +194,7 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
         if curvature > RUNAWAY:
             logger.warning(
                 "step %d: the free energy's largest curvature is %.3g precisions; over %g a relaxation needs ever "
-                "smaller steps, and published runs collapsed. Lower relaxed_fraction, or learn centred",
+                "smaller steps, and published runs collapsed. Lower relaxed_fraction, or learn balanced",
                 self.state.global_step, curvature, RUNAWAY,
             )  # fmt: skip
 

@@ -22,7 +22,7 @@ from tokenizers import ByteLevelBPETokenizer
 
 from hf_pc import PCConfig
 
-#: small enough for five minutes on two cores; docs/experiments.md has the longer run
+#: small enough for minutes on two cores; docs/experiments.md has the longer run
 DEFAULTS = {"steps": 100, "batch": 16, "layers": 1, "hidden": 128, "heads": 8, "sequence": 32, "sweeps": 4, "seeds": 3,
             "learning_rates": [2e-3, 4e-3], "methods": ["backprop", "pc_kl", "pc_gaussian"],
             "output_dir": Path("runs/paper_transformer")}  # fmt: skip
