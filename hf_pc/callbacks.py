@@ -53,7 +53,7 @@ class NonFiniteGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         node = self._node or self.trainer.nonfinite_node
         self._node = None
-        if node is None and not args.fp16:  # there the gradient scaler takes care of overflows
+        if node is None and self.trainer.accelerator.scaler is None:  # which takes care of overflows in fp16
             node = GRADIENT if overflow(p.grad for p in model.parameters()) else None
         anywhere = self.trainer.reduce_sums(torch.tensor([float(node is not None)], dtype=torch.float64))
         if not anywhere.item():

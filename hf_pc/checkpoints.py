@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import logging
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import HubStrategy, sort_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 
 from hf_pc.config import PC_CONFIG_NAME, PCConfig, read_json_file
 from hf_pc.model import PCModel
-from hf_pc.saving import STATE_NAME
+from hf_pc.saving import STATE_NAME, write_state
 from hf_pc.steering import check_state
 
 logger = logging.getLogger(__name__)
@@ -50,19 +51,21 @@ class CheckpointMixin(_TrainerPart):
             super()._save_checkpoint(model, trial)
             self._finish_checkpoint()
         except Exception as error:
-            error.add_note(
-                f"the checkpoint of step {self.state.global_step} was not written; those in {run} are whole"
-            )
+            if self._writing is not None:  # what fails behind it is a push
+                error.add_note(
+                    f"the checkpoint of step {self.state.global_step} was not written; those in {run} are whole"
+                )
             raise
         finally:
             self._writing = None
-        if self.args.should_save and self.args.save_total_limit:
-            self._rotate(run, self.args.save_total_limit)
+        limit = self.args.save_total_limit or 0
+        if self.args.should_save and limit > 0:
+            self._rotate(run, limit)
 
     def _rotate(self, run: Path, limit: int) -> None:
         """Keep so many checkpoints, as the Trainer does; what goes is no checkpoint from when it begins to go."""
         found = [Path(path) for path in sort_checkpoints(str(run), use_mtime=True)]
-        kept = {found[-1]} | {path for path in found if str(path) == self.state.best_model_checkpoint}
+        kept = {found[-1]} | {path for path in found if path == Path(self.state.best_model_checkpoint or "")}
         leaving = [path for path in found if path not in kept][: max(0, len(found) - max(limit, len(kept)))]
         for path in leaving:
             (run / UNFINISHED).mkdir(exist_ok=True)
@@ -72,9 +75,7 @@ class CheckpointMixin(_TrainerPart):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         whole = self._finish_checkpoint() or Path(checkpoint_folder)
-        waits = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        pushes = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not waits)
-        for name in (PC_CONFIG_NAME, STATE_NAME) if pushes and self.is_world_process_zero() else ():
+        for name in (PC_CONFIG_NAME, STATE_NAME) if self.is_world_process_zero() else ():
             if (whole / name).is_file():  # the Trainer copies the files of transformers and PEFT alone
                 shutil.copy(whole / name, self.args.output_dir)
         super()._push_from_checkpoint(str(whole))
@@ -85,9 +86,10 @@ class CheckpointMixin(_TrainerPart):
             return None
         name = f"checkpoint-{self.state.global_step}"
         written, whole = self._writing / name, self._writing.parent / name
+        best = whole.with_name(f"checkpoint-{self.state.best_global_step}")
+        if best == whole or best.is_dir():  # the Trainer looked for it among what is being written
+            self.state.best_model_checkpoint = str(best)
         self._writing = None
-        if self.state.best_model_checkpoint == str(written):
-            self.state.best_model_checkpoint = str(whole)
         if self.args.should_save:
             self._save_pc(written)  # of a sharded checkpoint the Trainer calls no `_save`
             self.state.save_to_json(str(written / "trainer_state.json"))
@@ -96,7 +98,8 @@ class CheckpointMixin(_TrainerPart):
             _move(written, whole)
         self.accelerator.wait_for_everyone()
         if self.is_local_process_zero() and written.exists():  # a machine with a disk of its own
-            _move(written, whole)
+            with suppress(FileNotFoundError):  # or one that has not heard yet of what another did on a disk they share
+                _move(written, whole)
         self.accelerator.wait_for_everyone()
         return whole
 
@@ -107,8 +110,9 @@ class CheckpointMixin(_TrainerPart):
 
     def _save_pc(self, folder: Path) -> None:
         self.pc_config.save_pretrained(folder)
-        if self.pc is not None:
-            self.pc.save_state(folder)
+        state = self._restored if self.pc is None else self.pc.state_dict()
+        if state is not None:
+            write_state(folder, state)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -117,6 +121,8 @@ class CheckpointMixin(_TrainerPart):
             state = None if best is None else _state_in(best)
             if state is not None and self.pc is not None:
                 self.pc.load_state_dict(state)
+            elif state is not None:
+                self._restored = state
         except ValueError as error:  # no reason to lose what was trained
             logger.warning("the steering of the best model cannot be read, so the last one is kept: %s", error)
 
@@ -141,7 +147,8 @@ def _state_in(folder: str) -> dict[str, Any] | None:
 
 
 def _move(written: Path, whole: Path) -> None:
+    moving = written.rename(written.parent / "moving")
     if whole.exists():  # this step was saved before
         whole.rename(written.parent / "replaced")
-    written.rename(whole)
+    moving.rename(whole)
     shutil.rmtree(written.parent, ignore_errors=True)

@@ -46,6 +46,10 @@ class StepTimer(TrainerCallback):
     def median(self) -> float:
         return statistics.median(self.seconds[1:] or self.seconds)
 
+    def facts(self, side: str) -> dict[str, float]:
+        """The median as a figure of a side; none where a run that was resumed had no step left."""
+        return {f"{side}_step_seconds": self.median} if self.seconds else {}
+
 
 class BarTitle(TrainerCallback):
     """Says on the progress bar of a trainer which side it trains."""
@@ -92,7 +96,7 @@ def train_pc(trainer: Any, timer: StepTimer) -> tuple[dict[str, Any], History]:
         args.push_to_hub = pushes
         trainer.save_state()
         history = trainer.state.log_history
-        results["pc_step_seconds"] = timer.median
+        results |= timer.facts("pc")
         if any("relaxed_fraction" in entry for entry in history):
             results |= {name: mean(history, name) for name in ("relaxed_fraction", "residual")}
             results["regime"] = regime(results["relaxed_fraction"], results["residual"])
@@ -134,7 +138,7 @@ def train_backprop(
         if own:
             shutil.rmtree(args.output_dir, ignore_errors=True)
     model.load_state_dict(learned)
-    return results | {"bp_step_seconds": timer.median}, baseline.state.log_history
+    return results | timer.facts("bp"), baseline.state.log_history
 
 
 def run(
@@ -188,7 +192,7 @@ def run(
 
 def finish(folder: Path, results: dict[str, Any], histories: dict[str, History]) -> None:
     """Write all_results.json and learning.png."""
-    if "bp_step_seconds" in results:
+    if {"pc_step_seconds", "bp_step_seconds"} <= results.keys():
         results["step_time_ratio"] = results["pc_step_seconds"] / results["bp_step_seconds"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -200,7 +204,7 @@ def show(results: dict[str, Any]) -> None:
     """Print the table."""
     table = Table(title="Predictive coding and backprop: same initial weights, batches and optimiser")
     table.add_column("")
-    sides = ["pc"] + (["bp"] if "bp_step_seconds" in results else [])
+    sides = ["pc"] + (["bp"] if any(name.startswith("bp_") for name in results) else [])
     for side in sides:
         table.add_column({"pc": "PC", "bp": "backprop"}[side], justify="right")
     for title, key, form in ROWS:

@@ -52,8 +52,7 @@ def refuse(args: TrainingArguments, config: PCConfig, model: nn.Module | None) -
             "noise out as well: use dropout='replay'"
         )
     _refuse_compilation(args)
-    mixed = args.bf16 or args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
-    if config.relaxation_dtype is not None and mixed:
+    if config.relaxation_dtype is not None and _mixed_precision(args) != "no":
         raise ValueError(
             f"relaxation_dtype={config.relaxation_dtype!r} is not allowed with bf16, fp16 or another mixed precision, "
             "in which all sweeps and the learning pass run alike: leave one of the two out"
@@ -81,6 +80,12 @@ def refuse(args: TrainingArguments, config: PCConfig, model: nn.Module | None) -
         )
 
 
+def _mixed_precision(args: TrainingArguments) -> str:
+    """That of the arguments, or of the launcher."""
+    own = "fp16" if args.fp16 else "bf16" if args.bf16 else None
+    return own or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
 
@@ -88,7 +93,7 @@ def _is_set(variable: str) -> bool:
 def _refuse_weight_update(args: TrainingArguments, config: PCConfig) -> None:
     if config.weight_update != "every_sweep":
         return
-    if args.gradient_accumulation_steps > 1 or args.fp16:
+    if args.gradient_accumulation_steps > 1 or _mixed_precision(args) == "fp16":
         raise ValueError(
             "weight_update='every_sweep' moves the weights within a batch: it takes "
             "gradient_accumulation_steps=1 and no fp16"

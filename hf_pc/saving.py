@@ -71,11 +71,7 @@ class SavingMixin:
             raise ValueError("push_to_hub=True is not allowed: PCModel.push_to_hub uploads weights, settings and card")
         self.model.save_pretrained(folder, **kwargs)  # type: ignore[operator]
         self.config.save_pretrained(folder)
-        self.save_state(Path(folder))
-
-    def save_state(self, folder: Path) -> None:
-        """Write `state_dict` to `pc_state.json` in a folder."""
-        (folder / STATE_NAME).write_text(json.dumps(self.state_dict()) + "\n", encoding="utf-8")
+        write_state(Path(folder), self.state_dict())
 
     @classmethod
     def from_pretrained(
@@ -138,3 +134,8 @@ def _class_of(path_or_repo: str | os.PathLike[str], hub: Mapping[str, Any]) -> A
     own = {name: hub[name] for name in set(HUB_OPTIONS) - {"revision", "subfolder"} if name in hub}
     base = adapter.get("base_model_name_or_path")
     return loaded_by(read_json(base, "config.json", revision=adapter.get("revision"), **own) if base else None)
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write a `PCModel.state_dict` to `pc_state.json` in a folder."""
+    (folder / STATE_NAME).write_text(json.dumps(state) + "\n", encoding="utf-8")

@@ -117,11 +117,13 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
             refuse(args, self.pc_config, model)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`. Raises NonFiniteEnergyError where a non-finite free energy persisted."""
+        """As `Trainer.train`. Raises NonFiniteEnergyError where a non-finite free energy persisted, but in a search of
+        hyperparameters, whose trial ends there."""
         if self.args.should_save:
             self.pc_config.save_pretrained(self.args.output_dir)
         # training goes on where it was, but with `model_init`, which begins anew
-        self._restored = self.pc.state_dict() if self.pc is not None and self.model_init is None else None
+        learned = self._restored if self.pc is None else self.pc.state_dict()
+        self._restored = learned if self.model_init is None else None
         self.stopped_by, self._window, self._probed, self.pc = None, {}, set(), None
         self._warned = False
         try:
@@ -132,11 +134,14 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
             if self.pc is not None:
                 self.pc.detach()
         if self.stopped_by is not None:
-            raise NonFiniteEnergyError(
+            message = (
                 f"the free energy or the gradient of {self.stopped_by} is not finite, step after step; the weights "
                 f"are those before it happened and a checkpoint is in {self.args.output_dir}. Lower the learning rate "
                 "or the relaxed_fraction"
             )
+            if self.hp_search_backend is None:
+                raise NonFiniteEnergyError(message)
+            logger.warning(message)  # of one trial of a search, which goes by what these weights give
         return result
 
     def _attached(self) -> PCModel:
@@ -156,6 +161,10 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
         self._compare(model, inputs)  # not while a batch relaxes
         pc = self._attached()
         model.train()
+        if callable(
+            switch := getattr(self.optimizer, "train", None)
+        ):  # of averaged weights, as the Trainer does later
+            switch()
         inputs = self._prepare_inputs(inputs)
         self._probe(pc, inputs)
         weight_step = None

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 from test_trainer import trainer
+from transformers import Trainer
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
@@ -134,3 +135,83 @@ def test_a_broken_state_cannot_be_resumed_from(tmp_path: Path, text: str) -> Non
     (tmp_path / "checkpoint-1" / "pc_state.json").write_text(text)
     with pytest.raises(ValueError, match=r"pc_state\.json"):
         trainer(tmp_path, max_steps=2, **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_no_limit_removes_nothing(tmp_path: Path) -> None:
+    """A save_total_limit under 1 is none, as of a Trainer."""
+    trainer(tmp_path, save_total_limit=-1, **SAVING).train()
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
+
+
+def test_the_best_is_kept_however_its_folder_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain Trainer's state says "./out/checkpoint-1" where the folder's own name is "out/checkpoint-1"."""
+    monkeypatch.chdir(tmp_path)
+    run = trainer(Path("out"), **SAVING)
+    for step in (1, 2, 3):
+        (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
+    run.state.best_model_checkpoint = "./out/checkpoint-1"
+    run._rotate(Path("out"), 2)
+    assert len(names(tmp_path / "out")) == 2
+    assert "checkpoint-1" in names(tmp_path / "out")
+
+
+def test_the_best_of_an_earlier_save_is_recorded(tmp_path: Path) -> None:
+    """A checkpoint that an evaluation behind it finds to be the best is the best from the next save on."""
+    run = trainer(tmp_path, max_steps=2, **SAVING)
+    run.train()
+    run.state.best_global_step, run.state.global_step = 1, 3
+    run._save_checkpoint(run.model, None)
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    run.state.best_global_step = run.state.global_step = 4
+    run._save_checkpoint(run.model, None)
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+
+
+def test_a_process_that_does_not_push_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several processes one alone has a repository; the others push nothing, and know of no push."""
+    run = trainer(tmp_path, max_steps=1)
+    monkeypatch.setattr(run, "is_world_process_zero", lambda: False)
+    assert not hasattr(run, "push_in_progress")
+    run._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
+
+
+def test_a_push_that_fails_leaves_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said of the checkpoint is true: it was there before the push."""
+    run = trainer(tmp_path, **SAVING)
+
+    def fail(*args: Any) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", fail)
+    run.args.push_to_hub, run.push_in_progress = True, None
+    monkeypatch.setattr(run, "init_hf_repo", lambda *args, **kwargs: None)
+    with pytest.raises(ConnectionError) as failed:
+        run.train()
+    assert not getattr(failed.value, "__notes__", [])
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
+def test_what_another_machine_has_moved_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that several machines share one of them may not see yet that a checkpoint has its name."""
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: "_unfinished" in str(path) or exists(path))
+    trainer(tmp_path, **SAVING).train()
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
+    assert all(list((tmp_path / name).iterdir()) for name in names(tmp_path))
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_steering(tmp_path: Path) -> None:
+    """Without a step there is no PCModel; what was restored is saved with the weights, and goes on in the next run."""
+    whole: dict[str, Any] = {"num_train_epochs": 1, "max_steps": -1, "save_strategy": "epoch"}
+    trainer(tmp_path, **whole).train()
+    run = trainer(tmp_path, **whole)
+    run.train(resume_from_checkpoint=True)
+    assert run.pc is None
+    run.save_model(str(tmp_path / "saved"))
+    state = json.loads((tmp_path / "checkpoint-6" / "pc_state.json").read_text())
+    assert json.loads((tmp_path / "saved" / "pc_state.json").read_text()) == state
+    run.args.max_steps = 1
+    seen = []
+    run._probe = lambda pc, inputs: seen.append(pc.relative_std)
+    run.train()
+    assert seen == [state["relative_std"]]

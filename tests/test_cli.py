@@ -255,3 +255,13 @@ def test_nodes_of_a_mixture_of_experts(tmp_path: Path, capsys: pytest.CaptureFix
     mixtral().config.save_pretrained(tmp_path)
     assert main(["nodes", str(tmp_path), "--json"]) == 0
     assert [row["shape"] for row in json.loads(capsys.readouterr().out)] == [[32], [32]]
+
+
+def test_a_pass_that_fails_is_not_blamed_on_attention(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names need no pass: without shapes, and without what only a pass could find."""
+    make("gpt2").config.save_pretrained(tmp_path)
+    monkeypatch.setattr("hf_pc.commands.nodes.smallest_input", lambda model: {"input_ids": None})
+    assert main(["nodes", str(tmp_path), "--attention_energy", "gaussian", "--json"]) == 0
+    assert [row["shape"] for row in json.loads(capsys.readouterr().out)] == [None] * 3

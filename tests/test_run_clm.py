@@ -79,6 +79,17 @@ def test_resume_and_fine_tuning(tmp_path: Path, text: Path) -> None:
     assert (tmp_path / "next" / "out" / "model.safetensors").is_file()
 
 
+def test_a_finished_run_is_resumed_to_evaluate(tmp_path: Path, text: Path) -> None:
+    """Without a step left there is no time of a step; the rest is there."""
+    flags = ["--train_file", str(text), "--block_size", "32", "--config_overrides", SMALL, "--no_compare_bp"]
+    flags += ["--do_train", "--num_train_epochs", "1", "--save_strategy", "epoch"]
+    run(tmp_path, *flags)
+    run(tmp_path, *flags, "--resume_from_checkpoint", "true", "--do_eval")
+    figures = json.loads((tmp_path / "out" / "all_results.json").read_text(encoding="utf-8"))
+    assert "pc_eval_loss" in figures
+    assert "pc_step_seconds" not in figures
+
+
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,18 @@ import pytest
 import torch
 from test_invariants import make
 from test_trainer import RELAXING, Poison, rows, trainer
-from transformers import ProgressCallback, RobertaConfig, RobertaForMaskedLM, Trainer
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    ProgressCallback,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    Trainer,
+)
 
 from hf_pc import PCConfig, PCModel, PCTrainer, PCTrainingArguments
 from hf_pc.architecture import positions
+from hf_pc.callbacks import NonFiniteGuard
 from hf_pc.commands.runs import history
 from hf_pc.metrics import Regime
 from hf_pc.refusals import refuse
@@ -171,3 +180,57 @@ def test_a_regime_of_nothing() -> None:
     """No step has no regime."""
     with pytest.raises(ValueError, match="at least one step"):
         Regime()._compute([], [])
+
+
+def test_the_launchers_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Overflows of a gradient are its scaler's matter, whoever chose fp16; with `every_sweep` it is refused."""
+    run = trainer(tmp_path, nonfinite_patience=1)
+    monkeypatch.setattr(run.accelerator, "scaler", object())
+    guard = next(c for c in run.callback_handler.callbacks if isinstance(c, NonFiniteGuard))
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.full((2,), float("nan"))
+    guard.on_pre_optimizer_step(run.args, run.state, run.control, model=torch.nn.ParameterList([parameter]))
+    assert guard.in_a_row == 0
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="no fp16"):
+        refuse(PCTrainingArguments(str(tmp_path), use_cpu=True), MOVING, None)
+
+
+def test_an_optimizer_is_told_of_training_before_states_relax(tmp_path: Path) -> None:
+    """One that keeps averaged weights for evaluation puts back the others, as in a Trainer's own step."""
+    told: list[str] = []
+
+    class Averaged(torch.optim.SGD):
+        def train(self) -> None:
+            told.append("train")
+
+        def eval(self) -> None:
+            told.append("eval")
+
+    model = make("gpt2")
+    run = trainer(tmp_path, model=model, optimizers=(Averaged(model.parameters(), lr=0.1), None), max_steps=1)
+    model.register_forward_pre_hook(lambda *args: told.append("pass") if model.training else None)
+    run.train()
+    assert "pass" in told
+    assert told[told.index("pass") - 1] == "train"
+
+
+def test_a_trial_that_diverges_ends_alone(tmp_path: Path) -> None:
+    """In a search of hyperparameters a run whose free energy stays non-finite ends, and the next one begins."""
+    run = trainer(tmp_path, callbacks=[Poison({0, 1, 2, 3, 4, 5})], max_steps=6)
+    run.hp_search_backend = "optuna"
+    assert run.train().global_step == 3
+    assert bool(torch.tensor(run.evaluate()["eval_loss"]).isfinite())
+
+
+def test_trackers_take_the_names_of_shared_modules(tmp_path: Path) -> None:
+    """A block that runs several times has a name for each run, of the characters that MLflow allows."""
+    config = AlbertConfig(
+        vocab_size=50, embedding_size=16, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=16,
+    )  # fmt: skip
+    run = trainer(tmp_path, model=AlbertForMaskedLM(config), max_steps=1)
+    run.train()
+    energies = [name for entry in run.state.log_history for name in entry if name.startswith("energy/")]
+    assert sum("albert_layers.0" in name for name in energies) == 3
+    assert all(re.fullmatch(r"[/\w.\- ]*", name) for name in energies)

@@ -60,12 +60,14 @@ def _shapes(model: Any, nodes: Sequence[Node], attention: AttentionNodes | None)
             model.eval()(**smallest_input(model))
     except Exception as error:  # names need no pass, which may fail where nothing is allocated
         logger.warning("no shapes: %s", error)
+    else:
+        if attention:
+            attention.check()
     finally:
         for handle in handles:
             handle.remove()
         if attention:
             attention.detach()
-            attention.check()
     return shapes
 
 

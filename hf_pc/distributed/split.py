@@ -33,7 +33,7 @@ from hf_pc.distributed.chain import trace
 from hf_pc.distributed.neighbours import Neighbours, Receipt, Timeline
 from hf_pc.distributed.partition import balanced, check_counts
 from hf_pc.distributed.stage import Stage
-from hf_pc.distributed.weights import Shared, clip_grad_norm, gathered
+from hf_pc.distributed.weights import Shared, clip_grad_norm, whole_state
 from hf_pc.dtypes import wide
 from hf_pc.energies import Energy
 from hf_pc.hub import push
@@ -41,8 +41,7 @@ from hf_pc.model import PCModel
 from hf_pc.node import LEARN, Boundary, Node
 from hf_pc.output import IGNORED
 from hf_pc.placement import blocks, time_first
-from hf_pc.processes import at_once, by_all, process_count, same_everywhere
-from hf_pc.processes import gathered as every_process
+from hf_pc.processes import at_once, by_all, gathered, process_count, same_everywhere
 from hf_pc.report import RelaxationOutput
 from hf_pc.reuse import FirstPrediction
 from hf_pc.rng import RandomState, own_stream
@@ -235,7 +234,7 @@ class SplitPCModel(PCModel):
         if all(type(node.energy).state_dict is Energy.state_dict for node in self._module_nodes):
             return  # no energy here learns anything, and so none of the other processes
         own = {n.name: n.energy.state_dict() for n in self._module_nodes if n.module in self.stage.blocks}
-        learned = {name: state for part in every_process(own) for name, state in part.items()}
+        learned = {name: state for part in gathered(own) for name, state in part.items()}
         for node in self._module_nodes:
             if node.name not in own:
                 node.energy.load_state_dict(learned[node.name])
@@ -293,7 +292,7 @@ class SplitPCModel(PCModel):
 
     def _from_first(self, do: Callable[[dict[str, Tensor]], Any]) -> Any:
         """Let process 0 do something with the whole state_dict; where it fails every process raises."""
-        state, result = gathered(self.stage, self.neighbours), None
+        state, result = whole_state(self.stage, self.neighbours), None
         with by_all(self.neighbours.device):
             if state is not None:
                 result = do(state)

@@ -61,7 +61,7 @@ def clip_grad_norm(stage: Stage, neighbours: Neighbours, max_norm: float) -> flo
 
 
 @torch.no_grad()
-def gathered(stage: Stage, neighbours: Neighbours) -> dict[str, Tensor] | None:
+def whole_state(stage: Stage, neighbours: Neighbours) -> dict[str, Tensor] | None:
     """The whole model's state_dict, in process 0; tied names share a tensor. None in the others; called by all."""
     whole: dict[str, Tensor] = {}
     for name in stage.names:
