@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from test_invariants import batch, make
 from torch import Tensor, nn
 
+from hf_pc import PCConfig, PCModel
 from hf_pc.energies import ENERGIES
 from hf_pc.node import LossScale, Node, Site, Strength
 
@@ -25,9 +27,9 @@ def site(mu: Tensor = MU, **settings: Any) -> Site:
 
 @pytest.mark.parametrize("own", [None, 7.0])
 @pytest.mark.parametrize("common", [None, 3.0])
-@pytest.mark.parametrize("activity", [{}, {"n": 1.5, "n#1": 9.0}], ids=str)
+@pytest.mark.parametrize("activity", [{}, {"n": 1.5, "n/1": 9.0}], ids=str)
 @pytest.mark.parametrize("nats", [False, True])
-@pytest.mark.parametrize("label", ["n", "n#1"])
+@pytest.mark.parametrize("label", ["n", "n/1"])
 def test_strength(own: float | None, common: float | None, activity: dict[str, float], nats: bool, label: str) -> None:
     """A node's own precision, else that of all, else relative_std: in nats by itself, otherwise in units of the site's
     activity of the step before, or as long as there is none, of each token's."""
@@ -75,6 +77,23 @@ def test_a_step_is_the_energys_own() -> None:
     torch.testing.assert_close(site().step(MU), -MU / 2)
     torch.testing.assert_close(site().step(MU, 0.5), -MU / 4)
     torch.testing.assert_close(site(step_factor=0.3).step(MU), -0.3 * MU / 2)
+    by_logits = site(energy="categorical")
+    by_logits.prediction = MU
+    own = by_logits.node.energy.precondition(MU, MU, torch.tensor(2.0))
+    assert not torch.allclose(own, MU / 2)
+    torch.testing.assert_close(by_logits.step(MU, 0.5), -0.5 * own)
+
+
+def test_an_energy_is_shown_what_is_learned() -> None:
+    """One with parameters of its own learns from every batch that weights learn from, and from no other."""
+    pc = PCModel(make("gpt2"), PCConfig(energy="learned_variance", relative_std=0.3))
+    energies: list[Any] = [node.energy for node in pc.nodes]
+    pc.relax(**batch())
+    pc.steer()
+    assert all(energy.log_std.eq(0).all() for energy in energies)
+    pc.accumulate_grad(**batch())
+    pc.steer()
+    assert all(energy.log_std.ne(0).all() for energy in energies)
 
 
 def test_what_an_energy_cannot_take_is_refused() -> None:
