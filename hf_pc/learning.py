@@ -61,6 +61,18 @@ class Phase:
         """Of grad L_out in the sum; over the phases of a rule that is 1, own labels apart."""
         return self.strength * self.weight
 
+    def passes(self, sweeps: int) -> int:
+        """Passes that this phase makes of `sweeps`: two less where it does not start at rest."""
+        if self.at_rest:
+            return 1
+        return max(1, sweeps - 2) if self.warm else sweeps
+
+
+def cost(phases: Sequence[Phase], sweeps: int) -> float:
+    """Operations of a step over those of a step of backprop, if no phase ends early and no move is refused: without
+    the weights' gradients, which the last pass of each phase has, a pass is two thirds of such a step."""
+    return sum((2 * phase.passes(sweeps) + 1) / 3 for phase in phases)
+
 
 def _step(*phases: Phase) -> tuple[Phase, ...]:
     """Phases that are gone through in this order, each told its place."""

@@ -121,12 +121,6 @@ class Relaxation:
         self.feedforward_energy = ratio * before.feedforward_energy
         self.top_signal.begin_where(before.top_signal, ratio)
 
-    def passes(self, sweeps: int) -> int:
-        """Passes that this phase makes of `sweeps`: two less where it does not start at rest."""
-        if self.phase.at_rest:
-            return 1
-        return max(1, sweeps - 2) if self.phase.warm else sweeps
-
     def rests(self, site: Site) -> bool:
         """Whether no signal has reached a site, nor one before it, so that it is at its prediction; by what a solver
         of `Site.reached` knows of the sweeps so far."""

@@ -24,7 +24,7 @@ from hf_pc.checks import check_whole
 from hf_pc.config import PCConfig
 from hf_pc.diagnostics.curvature import RUNAWAY, largest_curvature
 from hf_pc.heatmap import EnergyHeatmap
-from hf_pc.learning import cancels_in_each_sequence
+from hf_pc.learning import cancels_in_each_sequence, cost, phases_of
 from hf_pc.measurements import add_sums, summary
 from hf_pc.model import PCModel
 from hf_pc.placement import resolve
@@ -206,6 +206,12 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
                 "smaller steps, and published runs collapsed. Lower relaxed_fraction, or learn balanced",
                 self.state.global_step, curvature, RUNAWAY,
             )  # fmt: skip
+
+    def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
+        """As `Trainer.floating_point_ops`, of all sweeps and phases: what `total_flos` adds up."""
+        phases = phases_of(self.pc_config.learning, self.pc_config.strengths)
+        of_backprop: int = super().floating_point_ops(inputs)
+        return round(of_backprop * cost(phases, self.pc_config.sweeps))
 
     def _relaxing(self, model: nn.Module, weight_step: Any) -> AbstractContextManager[Any]:
         """A sharded model would take the backward pass of a relaxing sweep for one to exchange gradients after."""

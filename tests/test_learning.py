@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from test_solvers import NODES, X, Y, backprop
 from test_trainer import trained, trainer
 
 from hf_pc import PCConfig, PCModel, RelaxationOutput
-from hf_pc.learning import RULES
+from hf_pc.learning import RULES, cost, phases_of
 from hf_pc.measurements import summary
 from hf_pc.trainer import BackpropTrainer
 
@@ -317,3 +318,22 @@ def test_rest_has_the_energy_of_its_variances() -> None:
             pc.learning_pass(batch())[0].backward()
         assert cold.feedforward_energy is not None
         assert (cold.rest_energy() - cold.signed(cold.feedforward_energy)).sign().mean() == (1 if log_std > 0 else -1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "strengths", "expected"),
+    [
+        ("plain", None, lambda t: (2 * t + 1) / 3),
+        ("mirrored", None, lambda t: (2 * t + 1) / 3),
+        ("centred", None, lambda t: (4 * t - 2) / 3),
+        ("balanced", None, lambda t: (4 * t - 2) / 3),
+        ("one_sided", None, lambda t: (8 * t - 8) / 3),
+        ("one_sided", [1.0, 0.2], lambda t: (4 * t - 2) / 3),
+        ("wake_sleep", None, lambda t: (4 * t + 5) / 3),
+    ],
+)
+def test_a_step_costs_its_passes(rule: str, strengths: list[float] | None, expected: Callable[[int], float]) -> None:
+    """In steps of backprop, from three sweeps on, as the table of the guide has it; one plain sweep is one."""
+    for sweeps in (3, 8):
+        assert cost(phases_of(rule, strengths), sweeps) == pytest.approx(expected(sweeps))
+    assert cost(phases_of("plain"), 1) == 1

@@ -234,3 +234,13 @@ def test_trackers_take_the_names_of_shared_modules(tmp_path: Path) -> None:
     energies = [name for entry in run.state.log_history for name in entry if name.startswith("energy/")]
     assert sum("albert_layers.0" in name for name in energies) == 3
     assert all(re.fullmatch(r"[/\w.\- ]*", name) for name in energies)
+
+
+def test_operations_are_those_of_all_sweeps(tmp_path: Path) -> None:
+    """total_flos is what a Trainer counts for its passes, times what a step costs over backprop's."""
+    counted = []
+    for config, cls in ((None, BackpropTrainer), (PCConfig(sweeps=4), PCTrainer)):
+        run = trainer(tmp_path, config, cls, max_steps=1)
+        run.train()
+        counted.append(run.state.total_flos)
+    assert counted[1] / counted[0] == pytest.approx(3)

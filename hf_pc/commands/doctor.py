@@ -18,6 +18,7 @@ from hf_pc.commands.waiting import stages
 from hf_pc.config import PCConfig
 from hf_pc.diagnostics import compare_with_backprop, largest_curvature
 from hf_pc.diagnostics.curvature import RUNAWAY
+from hf_pc.learning import cost
 from hf_pc.measurements import regime
 from hf_pc.model import PCModel
 from hf_pc.output import Output
@@ -171,9 +172,9 @@ def _time(pc: PCModel, batch: dict[str, Any]) -> dict[str, Any]:
         pairs.append((own, backprop))
     pc.model.zero_grad()
     ratio = statistics.median(own / backprop for own, backprop in pairs[1:])
-    limit = (2 * pc.config.sweeps + 1) / 3
+    limit = cost(pc.phases, pc.config.sweeps)
     seconds = statistics.median(own for own, _ in pairs[1:])
-    note = f"{seconds:.3g} s for this batch; (2T + 1) / 3 is {limit:.3g}"
+    note = f"{seconds:.3g} s for this batch; in theory {limit:.3g}"
     return _row("time of a step over backprop's", ratio, OK if ratio < 1.5 * limit else WARNING, note)
 
 

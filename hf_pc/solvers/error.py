@@ -36,7 +36,7 @@ class ErrorSolver(Solver):
             return self._relax_fixed(relaxation, forward, float(self.step_size))
         warm = relaxation.phase.warm and relaxation.sites  # LayerDrop may leave a step without any
         descent = Descent.beside_rest(relaxation, self.tolerance, self.depth) if warm else None
-        for _ in range(relaxation.passes(self.sweeps) - 1):
+        for _ in range(relaxation.phase.passes(self.sweeps) - 1):
             relaxation.begin(RELAX, measures=self.tolerance > 0)
             energy = forward()
             descent = descent or Descent(relaxation, self.tolerance, self.depth, from_zero=True)
@@ -51,7 +51,7 @@ class ErrorSolver(Solver):
 
     def _relax_fixed(self, relaxation: Relaxation, forward: Callable[[], Tensor], step: float) -> Callable[[], bool]:
         relaxation.step_size = step
-        for _ in range(relaxation.passes(self.sweeps) - 1):
+        for _ in range(relaxation.phase.passes(self.sweeps) - 1):
             relaxation.begin(RELAX, measures=self.tolerance > 0)
             gradients = self.gradients(relaxation, forward())
             for site, gradient in zip(relaxation.sites, gradients, strict=True):
