@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from hf_pc.registry import nearest
@@ -38,3 +39,11 @@ def check_whole(owner: str, name: str, value: object, *, least: int, most: int |
     if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
         allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{owner}.{name}={value!r} is not allowed: a whole number {allowed} is needed")
+
+
+def check_flags(args: object, least: Mapping[str, int]) -> None:
+    """Raise ValueError unless each of these flags of a command is none or at least so much."""
+    for name, smallest in least.items():
+        value = getattr(args, name)
+        if value is not None and value < smallest:
+            raise ValueError(f"--{name} {value} is not allowed: at least {smallest} is needed")

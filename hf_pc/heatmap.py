@@ -7,6 +7,7 @@ from typing import Any
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import TrainerCallback
 
+from hf_pc.checks import check_whole
 from hf_pc.diagnostics.plots import energy_image
 
 
@@ -24,8 +25,7 @@ class EnergyHeatmap(TrainerCallback):
     """
 
     def __init__(self, trainer: Any, every: int = 100) -> None:
-        if every < 1:
-            raise ValueError(f"every={every!r} is not allowed: at least 1 is needed")
+        check_whole("EnergyHeatmap", "every", every, least=1)
         self.trainer = trainer
         self.every = every
         self._drawn = 0  # the step of the last image

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, default_data_collator
 
+from hf_pc.checks import check_flags
 from hf_pc.commands.loading import add_model_arguments, refuse_adapter
 from hf_pc.comparison import run as train_both
 from hf_pc.comparison import show as show_table
@@ -96,10 +97,7 @@ def show(found: dict[str, Any], args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, least in LEAST.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} {value} is not allowed: at least {least} is needed")
+    check_flags(args, LEAST)
     if args.validation_percentage > 99:
         raise ValueError(f"--validation_percentage {args.validation_percentage} is not allowed: 1 to 99 is needed")
     if not 0 < args.learning_rate < math.inf:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hf_pc.architecture import layer_drop, positions
+from hf_pc.checks import check_flags
 from hf_pc.commands.loading import add_model_arguments, from_config, model_class, random_batch, read_config
 from hf_pc.commands.waiting import stages
 from hf_pc.config import PCConfig
@@ -47,9 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per check: what, value, verdict, explanation."""
-    for name, least in (("batch", 1), ("sequence", 2)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)} is not allowed: at least {least} is needed")
+    check_flags(args, {"batch": 1, "sequence": 2})
     config = PCConfig(nodes=args.nodes, sweeps=args.sweeps, relaxed_fraction=args.relaxed_fraction)
     with stages(7) as begin:
         begin("loading the model")
