@@ -9,11 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import transformers
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
-
-CAUSAL = "AutoModelForCausalLM"
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -25,37 +21,6 @@ def base_model(model: nn.Module) -> nn.Module:
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether a model has a decoder that reads what an encoder made of other inputs."""
     return bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
-
-
-def loaded_by(settings: Any) -> Any:
-    """What of transformers loads a checkpoint with these settings in its config.json.
-
-    It is the class that the checkpoint was saved from; where that has no head, or is not told, AutoModelForCausalLM;
-    where code comes with it, the auto class that this is for.
-
-    Raises:
-        ValueError: it was saved from a class that transformers does not have.
-    """
-    settings = settings if isinstance(settings, Mapping) else {}
-    names, code = settings.get("architectures"), settings.get("auto_map")
-    name = names[0] if isinstance(names, list) and names else None
-    if isinstance(code, Mapping) and (autos := [auto for auto in code if auto.startswith("AutoModelFor")]):
-        name = CAUSAL if CAUSAL in autos else autos[0]
-        return getattr(transformers, name, transformers.AutoModelForCausalLM)
-    if not isinstance(name, str) or code or name in _headless():
-        return transformers.AutoModelForCausalLM
-    found = getattr(transformers, name, None)
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise ValueError(f"config.json names {name!r}, which transformers does not have: give auto_class")
-    kind = getattr(getattr(found, "config_class", None), "model_type", None)
-    return found if settings.get("model_type", kind) == kind else transformers.AutoModelForCausalLM
-
-
-def _headless() -> set[str]:
-    found: set[str] = set()
-    for names in MODEL_MAPPING_NAMES.values():
-        found |= {names} if isinstance(names, str) else set(names)
-    return found
 
 
 def accepts(forward: Callable[..., Any], name: str) -> bool:

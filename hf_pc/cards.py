@@ -13,19 +13,12 @@ from huggingface_hub.repocard_data import EvalResult
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, StrictUndefined
 
+from hf_pc.auto_classes import TASKS
 from hf_pc.config import PCConfig
 from hf_pc.markup import escape, fenced, one_line
 from hf_pc.measurements import AT_EQUILIBRIUM
 
 TAGS = ["predictive-coding", "hf-pc"]
-#: of each auto class, the task that the Hub knows it by
-TASKS = {
-    "AutoModelForCausalLM": "text-generation",
-    "AutoModelForSeq2SeqLM": "text2text-generation",
-    "AutoModelForMaskedLM": "fill-mask",
-    "AutoModelForSequenceClassification": "text-classification",
-    "AutoModelForImageClassification": "image-classification",
-}
 TEMPLATE = Path(__file__).parent / "templates" / "card.md.jinja"
 #: rows of the table of energies; of more nodes, as many are shown, evenly over depth
 MOST_NODES = 24
@@ -65,7 +58,7 @@ def write_card(
             where that is not known.
         dataset: a name for the data it learned from.
         dataset_id: its repository, if it has one.
-        auto_class: what of transformers loads the model, one of `TASKS` or a class of its own.
+        auto_class: what of transformers loads the model, an auto class or a class of its own.
         notes: a paragraph of the user's.
     """
     name = one_line(model_name, "model")

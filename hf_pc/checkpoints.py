@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import HubStrategy, sort_checkpoints
 
 from hf_pc.config import PC_CONFIG_NAME, PCConfig, read_json_file
 from hf_pc.model import PCModel
@@ -75,7 +75,11 @@ class CheckpointMixin(_TrainerPart):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         whole = self._finish_checkpoint() or Path(checkpoint_folder)
-        for name in (PC_CONFIG_NAME, STATE_NAME) if self.is_world_process_zero() else ():
+        pushes = False
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:  # others know of no push
+            done = self.push_in_progress is None or self.push_in_progress.is_done()
+            pushes = done or self.args.hub_always_push
+        for name in (PC_CONFIG_NAME, STATE_NAME) if pushes else ():
             if (whole / name).is_file():  # the Trainer copies the files of transformers and PEFT alone
                 shutil.copy(whole / name, self.args.output_dir)
         super()._push_from_checkpoint(str(whole))
@@ -89,7 +93,6 @@ class CheckpointMixin(_TrainerPart):
         best = whole.with_name(f"checkpoint-{self.state.best_global_step}")
         if best == whole or best.is_dir():  # the Trainer looked for it among what is being written
             self.state.best_model_checkpoint = str(best)
-        self._writing = None
         if self.args.should_save:
             self._save_pc(written)  # of a sharded checkpoint the Trainer calls no `_save`
             self.state.save_to_json(str(written / "trainer_state.json"))
@@ -101,6 +104,7 @@ class CheckpointMixin(_TrainerPart):
             with suppress(FileNotFoundError):  # or one that has not heard yet of what another did on a disk they share
                 _move(written, whole)
         self.accelerator.wait_for_everyone()
+        self._writing = None
         return whole
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -33,7 +33,8 @@ class Energy(ABC):
     zero_at_rest: bool = True
     #: whether E is p/2 |x - mu|^2: then a full step ends at -g/p, wherever it begins, and what goes down is g itself;
     #: each class says so anew, as one that changes a method of such a class is another energy. What it has for
-    #: `grad_state`, and in a full last step for `grad_prediction` and `observe`, is then not called
+    #: `grad_state`, for `precondition` in a step, and in a full last step for `grad_prediction` and `observe`, is then
+    #: not called
     quadratic: bool = False
     #: whether the unit of the states is the nat, whatever the node's activity, so that relative_std counts in it
     in_nats: bool = False

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from hf_pc.cards import TASKS, extend_card, write_card
+from hf_pc.auto_classes import class_of
+from hf_pc.cards import extend_card, write_card
 
 try:  # what carries the requests of huggingface_hub, by its version
     from httpx2 import TransportError
@@ -96,20 +97,5 @@ def _write_card(pc: SavingMixin, folder: Path, repo_id: str) -> None:
     base = getattr(pc.model.config, "name_or_path", None)
     write_card(
         folder, pc.config, {}, model_name=repo_id.rpartition("/")[2], base_model=base if base != repo_id else None,
-        auto_class=auto_class(pc.model),
+        auto_class=class_of(pc.model),
     )  # fmt: skip
-
-
-def auto_class(model: Any) -> str:
-    """What of transformers loads the model: an auto class where it has one of `TASKS`, else its own."""
-    from transformers.models.auto import modeling_auto
-
-    names = {
-        "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    }
-    own = type(model).__name__
-    return next((auto for auto in TASKS if own in names[auto].values()), own)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
+from hf_pc.auto_classes import class_of
 from hf_pc.config import PCConfig
 
 _TrainerPart: Any = Trainer if TYPE_CHECKING else object
@@ -44,10 +45,9 @@ class PushMixin(_TrainerPart):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """transformers' own card with results, settings and the regime of this run; same signature."""
         from hf_pc.cards import extend_card
-        from hf_pc.hub import auto_class
 
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             model = self.accelerator.unwrap_model(self.model)
-            loader = auto_class(getattr(model, "get_base_model", lambda: model)())
+            loader = class_of(getattr(model, "get_base_model", lambda: model)())
             extend_card(Path(self.args.output_dir) / "README.md", self.pc_config, self.state.log_history, loader)

@@ -240,7 +240,7 @@ class Relaxation:
                     "holds attention without batch_first: say whether its states are [sequence, batch, features], "
                     f"by an attribute time_first of the module ({type(node.module).__name__}), True or False"
                 )
-            label = f"{node.name}/{visit}" if visit else node.name
+            label = f"{node.name}-{visit}" if visit else node.name
             sites.append(Site(node, label, mu, self._strength, self.batch))
             self.sites.append(sites[-1])
         if not sites or visit >= len(sites) > 1:

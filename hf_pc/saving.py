@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import transformers
 from torch import nn
 
-from hf_pc.architecture import loaded_by
 from hf_pc.attention import AttentionNodes
+from hf_pc.auto_classes import adapted, loaded_by
 from hf_pc.config import PCConfig, read_json
 from hf_pc.node import Node
 from hf_pc.steering import Steering, check_state
@@ -20,15 +19,6 @@ from hf_pc.steering import Steering, check_state
 STATE_NAME = "pc_state.json"
 #: what a checkpoint's JSON files are looked up with, as its weights are
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
-
-
-#: of the tasks of PEFT, what loads a base model
-ADAPTED = {
-    "CAUSAL_LM": transformers.AutoModelForCausalLM,
-    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
-    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
-}
 
 
 class SavingMixin:
@@ -129,8 +119,8 @@ def _class_of(path_or_repo: str | os.PathLike[str], hub: Mapping[str, Any]) -> A
     adapter = None if settings else read_json(path_or_repo, "adapter_config.json", **hub)
     if not isinstance(adapter, Mapping):
         return loaded_by(settings)
-    if adapter.get("task_type") in ADAPTED:
-        return ADAPTED[adapter["task_type"]]
+    if (known := adapted(adapter.get("task_type"))) is not None:
+        return known
     own = {name: hub[name] for name in set(HUB_OPTIONS) - {"revision", "subfolder"} if name in hub}
     base = adapter.get("base_model_name_or_path")
     return loaded_by(read_json(base, "config.json", revision=adapter.get("revision"), **own) if base else None)

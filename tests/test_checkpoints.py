@@ -215,3 +215,38 @@ def test_a_finished_run_that_is_resumed_keeps_its_steering(tmp_path: Path) -> No
     run._probe = lambda pc, inputs: seen.append(pc.relative_std)
     run.train()
     assert seen == [state["relative_std"]]
+
+
+def test_a_save_that_fails_at_its_end_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is written and it has not got its name: that is no checkpoint."""
+    run = trainer(tmp_path, **SAVING)
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if run.state.global_step == 2:
+            raise DiskFullError
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(DiskFullError) as told:
+        run.train()
+    assert "the checkpoint of step 2 was not written" in "".join(told.value.__notes__)
+    assert names(tmp_path) == ["_unfinished", "checkpoint-1"]
+
+
+@pytest.mark.parametrize(("always", "copied"), [(False, False), (True, True)])
+def test_settings_go_with_the_weights_of_their_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, always: bool, copied: bool
+) -> None:
+    """While a push is under way the next one is left out, of weights and of steering, unless it is to be made."""
+
+    class Busy:
+        def is_done(self) -> bool:
+            return False
+
+    run = trainer(tmp_path, max_steps=1, hub_always_push=always, **SAVING)
+    run.train()
+    run.push_in_progress = Busy()
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda *args: None)
+    run._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert (tmp_path / "pc_state.json").is_file() is copied

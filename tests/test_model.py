@@ -28,7 +28,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_pc import PCConfig, PCModel
-from hf_pc.architecture import loaded_by
+from hf_pc.auto_classes import loaded_by
 
 
 @pytest.mark.parametrize("step_size", ["auto", 0.9])

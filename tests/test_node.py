@@ -27,9 +27,9 @@ def site(mu: Tensor = MU, **settings: Any) -> Site:
 
 @pytest.mark.parametrize("own", [None, 7.0])
 @pytest.mark.parametrize("common", [None, 3.0])
-@pytest.mark.parametrize("activity", [{}, {"n": 1.5, "n/1": 9.0}], ids=str)
+@pytest.mark.parametrize("activity", [{}, {"n": 1.5, "n-1": 9.0}], ids=str)
 @pytest.mark.parametrize("nats", [False, True])
-@pytest.mark.parametrize("label", ["n", "n/1"])
+@pytest.mark.parametrize("label", ["n", "n-1"])
 def test_strength(own: float | None, common: float | None, activity: dict[str, float], nats: bool, label: str) -> None:
     """A node's own precision, else that of all, else relative_std: in nats by itself, otherwise in units of the site's
     activity of the step before, or as long as there is none, of each token's."""

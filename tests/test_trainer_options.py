@@ -234,6 +234,7 @@ def test_trackers_take_the_names_of_shared_modules(tmp_path: Path) -> None:
     energies = [name for entry in run.state.log_history for name in entry if name.startswith("energy/")]
     assert sum("albert_layers.0" in name for name in energies) == 3
     assert all(re.fullmatch(r"[/\w.\- ]*", name) for name in energies)
+    assert not any(other.startswith(f"{name}/") for name in energies for other in energies)  # a file in a file
 
 
 def test_operations_are_those_of_all_sweeps(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hf_pc.cards import TASKS, write_card
+from hf_pc.auto_classes import CAUSAL, TASKS
+from hf_pc.cards import write_card
 from hf_pc.commands.runs import read
 from hf_pc.config import PCConfig
 
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.dataset or args.dataset_id:
         results |= {"dataset": args.dataset, "dataset_id": args.dataset_id}
     noted = results.get("auto_class")
-    auto_class = args.auto_class or (noted if noted in list(TASKS) else "AutoModelForCausalLM")
+    auto_class = args.auto_class or (noted if noted in list(TASKS) else CAUSAL)
     try:
         path = write_card(
             args.run, config, results, model_name=args.run.resolve().name,

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from hf_pc.architecture import loaded_by
+from hf_pc.auto_classes import loaded_by
 from hf_pc.refusals import check_targets
 
 

@@ -52,6 +52,7 @@ def compare_with_backprop(
     found = {}
     for name, (dot, aa, bb) in sums.items():
         tiny = torch.finfo(dot.dtype).tiny
-        cosine, ratio = dot / (aa * bb).sqrt().clamp_min(tiny), (aa / bb.clamp_min(tiny)).sqrt()
+        norms = aa.sqrt() * bb.sqrt()  # the product of the squares may leave float32
+        cosine, ratio = dot / norms.clamp_min(tiny), (aa / bb.clamp_min(tiny)).sqrt()
         found[name] = {"cosine": float(cosine), "norm_ratio": float(ratio), "backprop_norm": float(bb.sqrt())}
     return found
