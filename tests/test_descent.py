@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from oracles.linear import LinearChain
 
 from hf_pc import NodeSpec, PCConfig, PCModel
 from hf_pc.energies import ENERGIES
+from hf_pc.solvers.descent import Descent
 from hf_pc.solvers.state import FIRST_RATE
 
 ROWS, WIDTH = 4, 3
@@ -131,3 +135,28 @@ def test_weights_learn_where_the_last_move_leads(step: float, energy: str) -> No
         down = ENERGIES[energy]().grad_prediction(error, None, torch.tensor(0.8, dtype=torch.float64))
         expected = down.T @ X / Y.numel()
         torch.testing.assert_close(model.layers[0].weight.grad, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lower", "within", "beyond"),
+    [
+        (torch.float64, None, 1e-13, 1e-11), (torch.float32, None, 1e-7, 1e-5), (torch.float16, None, 1e-5, 1e-3),
+        (torch.bfloat16, None, 1e-4, 5e-3), (torch.float32, torch.bfloat16, 5e-3, 0.1),
+        (torch.float32, torch.float16, 5e-4, 0.02),
+    ],
+)  # fmt: skip
+def test_a_rise_beyond_rounding_is_refused(
+    dtype: torch.dtype, lower: torch.dtype | None, within: float, beyond: float
+) -> None:
+    """Of what a pass is computed in: each sequence by itself, against the best that it has met."""
+    best = torch.tensor([2.0, 2.0, -2.0, 2.0], dtype=torch.float64)
+    rises = torch.tensor([within, beyond, beyond, -beyond], dtype=torch.float64)
+    energies = iter([best, best + rises * best.abs(), best])
+    relaxation: Any = SimpleNamespace(
+        sites=[SimpleNamespace(dtype=dtype)], lower=lower, free_energy=lambda: next(energies), tried=0, refused=0
+    )
+    descent = Descent(relaxation, 0.0, 0)
+    assert descent.judge().all()
+    assert descent.judge().tolist() == [True, False, False, True]
+    assert (relaxation.tried, int(relaxation.refused)) == (4, 2)
+    assert descent.judge().tolist() == [True, True, True, False]
