@@ -177,6 +177,8 @@ TABLES: dict[str, dict[str, Column]] = {
     "half_limited": {
         "target": lambda line: format(line["settings"]["relaxed_fraction"], "g"),
         "T": lambda line: str(line["settings"]["sweeps"]),
+        "strengths": lambda line: ", ".join(f"{strength:g}" for strength in line["settings"]["strengths"]),
+        "tolerance": lambda line: format(line["settings"].get("tolerance", 0.0), "g"),
         "limit": lambda line: format(line["settings"]["bias_limit"], "g"),
         "seed": field("seed"),
         "perplexity": field("test_perplexity", ".3f"),
