@@ -21,8 +21,9 @@ from transformers import (
     DataCollatorForLanguageModeling,
 )
 
+from hf_pc.architecture import positions
 from hf_pc.comparison import run
-from hf_pc.text import blocks_of
+from hf_pc.text import blocks_of, choose_block_size
 
 
 @dataclass
@@ -50,10 +51,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         model = AutoModelForMaskedLM.from_config(config)
     if tokenizer.mask_token is None:
         raise ValueError(f"--model_name_or_path {args.model_name_or_path}: its tokenizer has no mask token")
-    positions = model.config.max_position_embeddings
-    size = text.block_size or min(64, positions)
-    if size > positions:
-        raise ValueError(f"--block_size {size} is over the {positions} positions of the model")
+    size = choose_block_size(text.block_size or min(64, positions(model) or 64), model, tokenizer)
     data = blocks_of(raw, tokenizer, size).remove_columns("labels")
     train, valid = first(data["train"], text.max_train_samples), first(data["validation"], text.max_eval_samples)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=args.mlm_probability)

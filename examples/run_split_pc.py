@@ -22,7 +22,7 @@ import torch
 from accelerate import PartialState
 from clm_data import DataArguments, load_text
 from run_clm_pc import ModelArguments, load_model_and_tokenizer
-from task import at_least, launch
+from task import at_least, first, launch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, default_data_collator, get_scheduler, set_seed
@@ -47,7 +47,12 @@ class SplitArguments:
 
 
 def batches(data: Any, size: int, seed: int, start: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches without end, shuffled anew in every pass over the data, from the `start`-th on."""
+    """Batches without end, shuffled anew in every pass over the data, from the `start`-th on.
+
+    Raises ValueError if there is no whole batch.
+    """
+    if len(data) < size:
+        raise ValueError(f"--batch_size {size} is over the {len(data)} sequences of the training text")
     count = epoch = 0
     while True:
         order = torch.Generator().manual_seed(seed + epoch)
@@ -59,6 +64,10 @@ def batches(data: Any, size: int, seed: int, start: int) -> Iterator[dict[str, t
                 yield batch
             count += 1
         epoch += 1
+
+
+def on(device: torch.device, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def save(pc: SplitPCModel, tokenizer: Any, folder: Path, state: dict[str, Any], progress: dict[str, Any]) -> None:
@@ -103,7 +112,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, args, config = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
     at_least("batch_size", args.batch_size, 1)
     at_least("max_steps", args.max_steps, 1)
-    PartialState(cpu=not torch.cuda.is_available())  # the process group, if a launcher started several
+    device = PartialState(cpu=not torch.cuda.is_available()).device  # and the process group, if there are several
     set_seed(args.seed)
     data = load_text(data_args, model_args.cache_dir, model_args.token)
     last = whole(args.output_dir / "last")
@@ -112,9 +121,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model_args.model_name_or_path, model_args.config_overrides = str(last), None
     model, tokenizer = load_model_and_tokenizer(model_args, data)
     data = blocks_of(data, tokenizer, choose_block_size(data_args.block_size, model, tokenizer))
+    train, valid = (
+        first(data["train"], data_args.max_train_samples),
+        first(data["validation"], data_args.max_eval_samples),
+    )
     own = torch.Generator()  # evaluation leaves the generator of dropout masks alone
-    validation = DataLoader(data["validation"], args.batch_size, collate_fn=default_data_collator, generator=own)
-    pc = SplitPCModel(model.train(), config, split=args.split)
+    validation = DataLoader(valid, args.batch_size, collate_fn=default_data_collator, generator=own)
+    pc = SplitPCModel(model.to(device).train(), config, split=args.split)
     optimizer = torch.optim.AdamW(pc.parameters(), lr=args.learning_rate, betas=(0.9, 0.95))
     schedule = get_scheduler("cosine", optimizer, args.warmup_steps, args.max_steps)
     if resumed["step"]:
@@ -126,10 +139,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             torch.cuda.set_rng_state_all(state["random_cuda"])
         pc.load_state_dict(json.loads((last / "pc_state.json").read_text(encoding="utf-8")))
     results: dict[str, float] = {}
-    given = batches(data["train"], args.batch_size, args.seed, resumed["step"])
+    if resumed["step"] >= args.max_steps and pc.stage.first:
+        print(f"{last} is of step {resumed['step']}: nothing is left of --max_steps {args.max_steps}", file=sys.stderr)
+    given = batches(train, args.batch_size, args.seed, resumed["step"])
     steps = tqdm(range(resumed["step"] + 1, args.max_steps + 1), disable=not pc.stage.first)
     for step in steps:
-        found = pc.accumulate_grad(**next(given))
+        found = pc.accumulate_grad(**on(device, next(given)))
         pc.clip_grad_norm_(args.max_grad_norm)
         optimizer.step()
         schedule.step()
@@ -138,7 +153,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if step % args.logging_steps == 0 and pc.stage.first:
             steps.set_postfix(loss=f"{found.feedforward_energy:.3f}", residual=f"{found.residual:.3f}")
         if step % args.save_steps == 0 or step == args.max_steps:
-            results = {"step": step, "loss": found.feedforward_energy, "eval_loss": pc.evaluate(validation),
+            eval_loss = pc.evaluate(on(device, batch) for batch in validation)
+            results = {"step": step, "loss": found.feedforward_energy, "eval_loss": eval_loss,
                        "relaxed_fraction": found.relaxed_fraction, "residual": found.residual}  # fmt: skip
             state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
                      "random": torch.get_rng_state(),

@@ -58,9 +58,13 @@ def evaluating(model: nn.Module, enter: Callable[[nn.Module], object] = nn.Modul
 
 
 def virtual_tokens(model: nn.Module) -> int:
-    """How many positions an active prompt-learning adapter puts before a sequence; prefixes are none."""
+    """How many positions an active prompt-learning adapter puts before a sequence; what it gives as keys and values
+    has none."""
     adapter = getattr(model, "active_peft_config", None)
-    if not getattr(adapter, "is_prompt_learning", False) or getattr(adapter, "peft_type", None) == "PREFIX_TUNING":
+    if not getattr(adapter, "is_prompt_learning", False) or getattr(adapter, "peft_type", None) in (
+        "PREFIX_TUNING",
+        "CARTRIDGE",
+    ):
         return 0
     return int(adapter.num_virtual_tokens)  # type: ignore[union-attr]
 

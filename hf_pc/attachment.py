@@ -15,6 +15,12 @@ from hf_pc.node import Node
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
+def check_free(model: nn.Module) -> None:
+    """Raise ValueError if some PCModel is attached to the model."""
+    if any(module in _ATTACHED for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has PC nodes already: detach() the PCModel that put them there")
+
+
 class Attachment:
     """Nodes on a model until `remove` is called, or the owner of `visit` is gone.
 
@@ -37,8 +43,7 @@ class Attachment:
         visit: Callable[[Node, Tensor], Tensor | None],
         compile_parts: Callable[[], Callable[[], None]] | None,
     ) -> None:
-        if any(module in _ATTACHED for module in model.modules()):
-            raise ValueError(f"{type(model).__name__} has PC nodes already: detach() the PCModel that put them there")
+        check_free(model)
         weak = weakref.WeakMethod(visit)
         call: Callable[[Node, Tensor], Tensor | None] = lambda node, mu: (  # noqa: E731
             None if (alive := weak()) is None else alive(node, mu)

@@ -112,7 +112,7 @@ def attention_forward(
     Returns:
         [batch, queries, heads, width] and the probabilities, [batch, heads, queries, keys].
     """
-    if getattr(module, "sinks", None) is not None:
+    if any(found is not None for found in (getattr(module, "sinks", None), kwargs.get("sinks"), kwargs.get("s_aux"))):
         raise ValueError(f"{type(module).__name__} has attention sinks, which cannot be a node yet")
     groups = query.shape[1] // key.shape[1]
     if groups > 1:

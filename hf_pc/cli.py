@@ -71,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(args, "stopped", STOPPED)
     except NonFiniteEnergyError as error:
         return _complain(args, str(error), FAILED)
-    except (ValueError, TypeError, AttributeError, OSError, RuntimeError, LookupError, SafetensorError) as error:
+    except (
+        ValueError, TypeError, AttributeError, ImportError, OSError, RuntimeError, LookupError, SafetensorError
+    ) as error:  # fmt: skip
         lines = str(error).splitlines() or [type(error).__name__]
         return _complain(args, lines[0], WRONG)
     if args.json:

@@ -30,6 +30,8 @@ class Share:
 
     #: whether the node that the output follows is among them
     top = True
+    #: processes that have a part each
+    count = 1
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums over the nodes here made sums over all nodes."""

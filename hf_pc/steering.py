@@ -54,14 +54,14 @@ class Steering:
         """Note that a batch of as many sequences on each process was learned."""
         self.rows = (self.rows + batch * process_count()) % 2
 
-    def pause(self) -> dict[str, Tensor]:
+    def pause(self) -> tuple[dict[str, Tensor], int]:
         """What was noted since the last step, to give back to `resume`: what comes in between does not count."""
         seen, self._seen = self._seen, {}
-        return seen
+        return seen, self.rows
 
-    def resume(self, seen: dict[str, Tensor]) -> None:
+    def resume(self, before: tuple[dict[str, Tensor], int]) -> None:
         """The inverse of `pause`."""
-        self._seen = seen
+        self._seen, self.rows = before
 
     def step(self, reduce: Callable[[Tensor], Tensor], *, steers: bool) -> None:
         """Take up the activities, and move relative_std by what was noted since the last step.

@@ -11,7 +11,15 @@ from test_invariants import make
 from test_relaxation import reformer
 from test_reuse import mixtral
 from test_trainer import trainer
-from transformers import BartConfig, BertConfig, BertForMaskedLM, T5Config, ViTConfig, WhisperConfig
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    T5Config,
+    ViTConfig,
+    WhisperConfig,
+)
 
 from hf_pc import PCConfig
 from hf_pc.cli import COMMANDS, main
@@ -265,3 +273,27 @@ def test_a_pass_that_fails_is_not_blamed_on_attention(
     monkeypatch.setattr("hf_pc.commands.nodes.smallest_input", lambda model: {"input_ids": None})
     assert main(["nodes", str(tmp_path), "--attention_energy", "gaussian", "--json"]) == 0
     assert [row["shape"] for row in json.loads(capsys.readouterr().out)] == [None] * 3
+
+
+def test_doctor_of_a_classifier_that_reads_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """BART's classifier wants one end of text in each sequence: the batch that is tried has it."""
+    config = BartConfig(
+        vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=16,
+    )  # fmt: skip
+    BartForSequenceClassification(config).save_pretrained(tmp_path)
+    assert main(["doctor", str(tmp_path), "--sequence", "8", "--json"]) == 0
+    assert "one end" not in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a model's own code, which may need one."""
+
+    def fail(args: object) -> None:
+        raise ImportError("This modeling file requires the package einops")
+
+    monkeypatch.setattr(COMMANDS["nodes"], "run", fail)
+    assert main(["nodes", str(tmp_path), "--json"]) == 2
+    assert "einops" in json.loads(capsys.readouterr().out)["error"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from oracles.linear import LinearChain
 from test_invariants import batch, gradients, make
 from test_solvers import NODES, X, Y
@@ -15,6 +16,7 @@ from test_trainer import trainer
 
 from hf_pc import PCConfig, PCModel
 from hf_pc.diagnostics import compare_with_backprop, largest_curvature
+from hf_pc.relaxation import Share
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -93,3 +95,22 @@ def test_the_trainer_warns_of_bias(
         run.train()
     assert len([entry for entry in run.state.log_history if entry.get("signal_bias", 0) > 0]) == 2
     assert ("do not cancel" in caplog.text) == warns
+
+
+def test_a_part_of_a_model_cannot_be_probed() -> None:
+    """Of a model over several processes each would measure its own part."""
+    pc = PCModel(make("gpt2"), PCConfig(relative_std=0.5))
+    pc.share = type("Two", (Share,), {"count": 2})()
+    for probe in (largest_curvature, compare_with_backprop):
+        with pytest.raises(ValueError, match="is split over 2 processes"):
+            probe(pc, batch())
+
+
+def test_a_probe_leaves_the_order_of_signs() -> None:
+    """Where sequences take signs in turn, the next batch begins where it would have begun; nothing is drawn."""
+    pc = PCModel(make("gpt2", 0.1).train(), PCConfig(relative_std=0.5, learning="balanced"))
+    odd = {name: value[:3] for name, value in batch().items()}
+    before = torch.get_rng_state()
+    compare_with_backprop(pc, odd)
+    assert pc.steering.rows == 0
+    assert torch.equal(torch.get_rng_state(), before)

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    CartridgeConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from test_invariants import batch, gradients, make, worst
 from test_trainer import trainer
 from transformers import RobertaConfig, RobertaForSequenceClassification
@@ -20,6 +28,7 @@ ADAPTERS: dict[str, Any] = {
     "ia3": lambda: IA3Config(target_modules=["c_attn", "c_proj"], feedforward_modules=["c_proj"]),
     "prefix": lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "prompt": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "cartridge": lambda: CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
 }
 
 
@@ -58,7 +67,7 @@ def test_training_moves_the_adapter_alone(tmp_path: Path, name: str) -> None:
     inputs = batch()
     expected = model.eval()(**inputs).logits
     torch.testing.assert_close(plain(**inputs).logits, expected)
-    if name not in ("prefix", "prompt"):  # which have no weights to merge into
+    if name not in ("prefix", "prompt", "cartridge"):  # which have no weights to merge into
         torch.testing.assert_close(plain.merge_and_unload()(**inputs).logits, expected, rtol=1e-3, atol=1e-4)
 
 

@@ -87,3 +87,11 @@ def test_scaling_on_two_processes(
     assert predicted["processes"] == 4
     assert predicted["predicted_speedup"] > 1
     assert (tmp_path / "timeline_2.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_text_of_less_than_a_batch(tmp_path: Path, flags: list[str]) -> None:
+    """There would never be a batch: an error, of the text that --max_train_samples leaves."""
+    with pytest.raises(ValueError, match="--batch_size 4 is over the 3 sequences of the training text"):
+        run_split_pc.main(
+            [*flags, "--batch_size", "4", "--max_train_samples", "3", "--output_dir", str(tmp_path / "run")]
+        )

@@ -14,7 +14,7 @@ from pairs import ENV, together
 from split_processes import STATE, compare
 from test_invariants import batch, make
 
-from hf_pc import PCConfig
+from hf_pc import PCConfig, PCModel
 from hf_pc.distributed import SplitPCModel
 from hf_pc.distributed.chain import BEFORE, trace
 from hf_pc.distributed.cost import Costs, gpipe, step_seconds
@@ -120,3 +120,15 @@ def test_gpipe_has_its_bubble() -> None:
         assert end == pytest.approx(12 / processes * (1 + (processes - 1) / micro))
         for line in events:
             assert all(a[2] <= b[1] + 1e-12 for a, b in pairwise(line))
+
+
+def test_what_is_refused_leaves_the_model_whole() -> None:
+    """Before any weight is given up: a model that has nodes already, and one that has no head."""
+    model = make("gpt2")
+    pc = PCModel(model, PCConfig())
+    with pytest.raises(ValueError, match="has PC nodes already"):
+        SplitPCModel(model, PCConfig(**STATE))
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+    pc.detach()
+    with pytest.raises(ValueError, match="GPT2Model returns no logits"):
+        SplitPCModel(model.transformer, PCConfig(**STATE))

@@ -97,3 +97,16 @@ def test_adam_moves_in_standard_deviations() -> None:
     pc = attach(model, 2, solver="state", step_size=0.01, state_optimizer="Adam(eps=1e-30)")
     top = list(pc.relax(inputs=X, labels=Y).errors.values())[-1]  # the only one that a signal reaches in a sweep
     torch.testing.assert_close(top.abs(), torch.full_like(top, 0.01 * PRECISION[-1] ** -0.5))
+
+
+@pytest.mark.parametrize(("optimizer", "factor"), [("Adam(eps=1e-30)", 0.25), ("SGD(momentum=0.8)", 0.25)])
+def test_an_optimizers_moves_have_the_nodes_factor(optimizer: str, factor: float) -> None:
+    """Also those of an optimizer that divides by the size of what it is given."""
+    model, found = LinearChain(layers=1, width=WIDTH), []
+    for own in (1.0, factor):
+        nodes = [NodeSpec("blocks.0", precision=2.0, step_factor=own)]
+        settings: dict[str, Any] = {"solver": "state", "step_size": 0.01, "state_optimizer": optimizer}
+        pc = PCModel(model, PCConfig(nodes=nodes, output="gaussian", sweeps=2, **settings))
+        found.append(pc.relax(inputs=X, labels=Y).errors["blocks.0"])
+        pc.detach()
+    torch.testing.assert_close(found[1], factor * found[0])

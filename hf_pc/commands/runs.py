@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
+
+from hf_pc.config import read_json_file
 
 
 def read(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ValueError if the file holds none, FileNotFoundError if there is no file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no {path.name}")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from None
+    found = read_json_file(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object")
     return found

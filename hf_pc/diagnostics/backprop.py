@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_pc.diagnostics.checks import check_whole_model
 from hf_pc.dtypes import exact
 from hf_pc.model import PCModel
+from hf_pc.rng import undrawn
 
 
 def compare_with_backprop(
@@ -24,7 +26,11 @@ def compare_with_backprop(
         pc: an attached PCModel.
         inputs: a batch with labels.
         group: a parameter's name to its group's; as given, each parameter is its own.
+
+    Raises:
+        ValueError: the model is split over processes.
     """
+    check_whole_model(pc)
     named = [(name, p) for name, p in pc.model.named_parameters() if p.requires_grad]
     held = [p.grad for _, p in named]
 
@@ -36,8 +42,9 @@ def compare_with_backprop(
 
     seen, noted = pc.steering.pause(), [(node.energy, vars(node.energy).copy()) for node in pc.nodes]
     try:
-        learned = gradients(lambda: pc.accumulate_grad(**inputs))
-        true = gradients(lambda: pc.backprop_loss(inputs).backward())  # type: ignore[no-untyped-call]
+        with undrawn(p.device for p in pc.model.parameters()):
+            learned = gradients(lambda: pc.accumulate_grad(**inputs))
+            true = gradients(lambda: pc.backprop_loss(inputs).backward())  # type: ignore[no-untyped-call]
     finally:
         pc.steering.resume(seen)
         for energy, before in noted:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_pc.diagnostics.checks import check_whole_model
 from hf_pc.model import PCModel
 from hf_pc.rng import undrawn
 
@@ -30,7 +31,11 @@ def largest_curvature(pc: PCModel, inputs: Mapping[str, Any], iterations: int = 
         pc: an attached PCModel.
         inputs: a batch with labels.
         step: of the differences, as a share of the length of the errors.
+
+    Raises:
+        ValueError: weights move while the batch relaxes, or the model is split over processes.
     """
+    check_whole_model(pc)
     if pc.config.weight_update != "final":
         raise ValueError(
             f"weight_update={pc.config.weight_update!r} moves weights while it relaxes: nothing to probe at"

@@ -100,7 +100,13 @@ def _logits(model: nn.Module, batch: Mapping[str, Any], handles: list[Any]) -> T
     """Logits of a pass in evaluation mode; the hooks are removed after it."""
     try:
         with evaluating(model), torch.enable_grad():  # what needs a gradient is to be seen
-            logits: Tensor = model(**batch)["logits"].detach()
+            outputs = model(**batch)
+            if "logits" not in outputs:
+                kind = type(base_model(model)).__name__
+                raise ValueError(
+                    f"{kind} returns no logits, which labels are compared with: a class with a head is needed"
+                )
+            logits: Tensor = outputs["logits"].detach()
             return logits
     finally:
         for handle in handles:

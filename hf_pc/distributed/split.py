@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_pc.architecture import base_model, evaluating, layer_drop, routes
+from hf_pc.attachment import check_free
 from hf_pc.config import PCConfig
 from hf_pc.distributed.chain import trace
 from hf_pc.distributed.neighbours import Neighbours, Receipt, Timeline
@@ -40,7 +41,7 @@ from hf_pc.hub import push
 from hf_pc.model import PCModel
 from hf_pc.node import LEARN, Boundary, Node
 from hf_pc.output import IGNORED
-from hf_pc.placement import blocks, time_first
+from hf_pc.placement import blocks, resolve, time_first
 from hf_pc.processes import at_once, by_all, gathered, process_count, same_everywhere
 from hf_pc.report import RelaxationOutput
 from hf_pc.reuse import FirstPrediction
@@ -77,7 +78,7 @@ class SplitPCModel(PCModel):
         example: Mapping[str, Any] | None = None,
     ) -> None:
         config = PCConfig(solver="state") if config is None else PCConfig.of(config)
-        _check_group()
+        _check_group(model)
         same_everywhere({f"PCConfig.{name}": value for name, value in config.to_dict().items()} | {"split": split})
         same_everywhere(_signature(model))
         found = blocks(model)
@@ -85,6 +86,8 @@ class SplitPCModel(PCModel):
         failure = None
         try:
             _check_config(config)
+            check_free(model)  # all that might refuse it later, when weights have been given up
+            resolve(model, config)
             if drop := layer_drop(model):
                 raise ValueError(f"{drop} cannot be split: processes would leave out different blocks; set it to 0")
             if first := next((name for name in found if time_first(model, name)), None):
@@ -299,12 +302,18 @@ class SplitPCModel(PCModel):
         return result
 
 
-def _check_group() -> None:
+def _check_group(model: nn.Module) -> None:
     started = os.environ.get("WORLD_SIZE", "1")
     if process_count() == 1 and started != "1":
         raise ValueError(
             f"WORLD_SIZE={started}: a launcher started several processes, and they have no process group; call "
             "torch.distributed.init_process_group or accelerate.PartialState first"
+        )
+    kind = next(model.parameters()).device.type
+    if process_count() > 1 and f"{kind}:" not in torch.distributed.get_backend_config():
+        raise ValueError(
+            f"the model is on {kind!r}, where this process group carries nothing "
+            f"({torch.distributed.get_backend_config()}): move it to the device of each process first"
         )
 
 

@@ -279,7 +279,9 @@ class _Optimizing(_Mover):
             cls, arguments = self.kind
             self.optimizer = cls(self.moved, lr=self.step, **arguments)  # type: ignore[call-arg]
         for site, moved, gradient in zip(sites, self.moved, gradients, strict=True):
-            moved.grad = site.step(gradient, -1.0) * site.precision.sqrt()
+            # without the node's factor, which most optimizers would divide out again
+            moved.grad = site.step(gradient, -1 / site.node.step_factor) * site.precision.sqrt()
         self.optimizer.step()
         for site, start, moved in zip(sites, self.start, self.moved, strict=True):
-            site.leaf = (start + moved / site.precision.sqrt()).requires_grad_()
+            move = site.node.step_factor * moved / site.precision.sqrt()
+            site.leaf = (start + move).requires_grad_()
