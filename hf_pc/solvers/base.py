@@ -69,13 +69,24 @@ class Solver(ABC):
             forward: one pass over the network at the current errors; returns the output energy, nats, [batch].
             weight_step: moves the weights, given the loss of a pass in LEARN mode; None leaves them to the last sweep.
 
-        A solver that stops early asks `relaxation.agree` first: where passes are made by all processes together (a
-        sharded model, weights that move) each has to make as many.
+        A solver stops early by `converged` alone: where passes are made by all processes together (a sharded model,
+        weights that move) each has to make as many.
 
         Returns:
             Says, called after the last pass, whether its errors stand. If it says no it has put
             back errors that do, and the pass is to be run again.
         """
+
+    def converged(self, relaxation: Relaxation, own: Callable[[], Tensor] | None = None) -> bool:
+        """Whether every sequence has come under the tolerance, on all processes; False where there is none.
+
+        Args:
+            own: which have by what the solver keeps, [batch]; None goes by the residual of the last pass.
+        """
+        if not self.tolerance:
+            return False
+        there = relaxation.residual() < self.tolerance if own is None else own()
+        return relaxation.agree(bool(there.all()))
 
     def gradients(self, relaxation: Relaxation, output_energy: Tensor) -> list[Tensor]:
         """dF/dx of every site, from a pass in RELAX mode; zeros where a node has no way to the output."""

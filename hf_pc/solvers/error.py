@@ -42,7 +42,7 @@ class ErrorSolver(Solver):
             descent = descent or Descent(relaxation, self.tolerance, self.depth, from_zero=True)
             stands = descent.judge()
             descent.move(stands, self.gradients(relaxation, energy))
-            if self.tolerance and relaxation.agree(bool(descent.converged().all())):
+            if self.converged(relaxation, descent.converged):
                 break
         if descent is None:
             return lambda: True
@@ -56,7 +56,7 @@ class ErrorSolver(Solver):
             gradients = self.gradients(relaxation, forward())
             for site, gradient in zip(relaxation.sites, gradients, strict=True):
                 site.leaf = self.next_leaf(relaxation, site, gradient, step).requires_grad_()
-            if self.tolerance and relaxation.agree(bool((relaxation.residual() < self.tolerance).all())):
+            if self.converged(relaxation):
                 break
         return lambda: True
 

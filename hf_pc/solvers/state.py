@@ -175,7 +175,7 @@ class StateSolver(Solver):
                 gradients = self._closed(relaxation)
             mover.move(gradients)
             self.moved(relaxation)
-            if self.tolerance and relaxation.agree(bool((relaxation.residual() < self.tolerance).all())):
+            if self.converged(relaxation):
                 break
         mover.settle()
         return mover.confirm
