@@ -148,6 +148,10 @@ class PCModel(SavingMixin):
                 torch.manual_seed(self.relaxation.seed)
                 self._own_labels = self.output.draw(outputs["logits"].detach(), labels)
         energy = self.output.total(outputs, labels, checked=not self.relaxation.at_rest)
+        if self.solver.takes_again(self.relaxation, energy):
+            self.relaxation.again()
+            outputs = forward(**self._begin_pass(batch))
+            energy = self.output.total(outputs, labels, checked=True)
         return outputs, self.relaxation.note_output(energy)
 
     @contextmanager

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from hf_pc.dtypes import sum_dtype, wide, wide_dtype
 from hf_pc.energies import Energy, relative_precision
+from hf_pc.processes import is_sharded
 
 RELAX, LEARN = "relax", "learn"
 
@@ -67,8 +68,12 @@ class Node:
         return states.transpose(0, 1) if self.time_first else states
 
     def attach(self, visit: Callable[[Node, Tensor], Tensor | None]) -> Any:
-        """Let `visit(node, mu)` replace the module's output; None leaves it as it is. Returns the hook's handle."""
-        return self.module.register_forward_hook(_Hook(self, visit))
+        """Let `visit(node, mu)` replace the module's output; None leaves it as it is. Returns the hook's handle.
+
+        It comes before other hooks, such as those that transformers leaves on blocks to collect hidden states: a head
+        that reads those is to read states. FSDP's own come first, which give up the block that has run.
+        """
+        return self.module.register_forward_hook(_Hook(self, visit), prepend=not is_sharded(self.module))
 
 
 class _Hook:

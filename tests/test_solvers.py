@@ -11,10 +11,17 @@ import torch
 from oracles.linear import LinearChain
 from test_invariants import batch, gradients, make, worst
 from torch import Tensor, nn
-from transformers import T5Config, T5ForConditionalGeneration, set_seed
+from transformers import (
+    T5Config,
+    T5ForConditionalGeneration,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
+    set_seed,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_pc import NodeSpec, PCConfig, PCModel
+from hf_pc.placement import resolve
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 Y = torch.randn(3, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -425,3 +432,45 @@ def test_a_node_without_a_way_to_the_output_rests(step: Any, solver: Any) -> Non
     torch.testing.assert_close(beside["way"], alone["way"])
     with pytest.raises(ValueError, match="no signal came to any node of Aside: its logits do not follow from them"):
         PCModel(Aside(), replace(config, nodes="aside")).relax(**inputs)
+
+
+def weighted_sum() -> tuple[Any, dict[str, Tensor]]:
+    """A model whose head reads a weighted sum of what all layers compute, and a batch."""
+    torch.manual_seed(0)
+    config = Wav2Vec2Config(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=4, layerdrop=0.0,
+        num_conv_pos_embedding_groups=2, use_weighted_layer_sum=True, num_labels=3, classifier_proj_size=8,
+    )  # fmt: skip
+    model = Wav2Vec2ForSequenceClassification(config).double().eval()
+    return model, {"input_values": torch.randn(2, 100).double(), "labels": torch.tensor([0, 2])}
+
+
+@pytest.mark.parametrize("sweeps", [2, 6])
+def test_a_head_that_reads_what_blocks_read(sweeps: int) -> None:
+    """Where the head shares a part of the graph with a block gradients are those of one backward pass."""
+    model, given = weighted_sum()
+    names = [node.name for node in resolve(model, PCConfig())]
+    found = []
+    for nodes in ("block", names):
+        pc = PCModel(model, PCConfig(nodes=nodes, solver="state", precision=3.0, sweeps=sweeps))
+        for _ in range(2):
+            model.zero_grad()
+            pc.accumulate_grad(**given)
+        found.append(gradients(model))
+        pc.detach()
+    assert worst(*found) < 1e-9
+
+
+@pytest.mark.parametrize("solver", ["error", "state"])
+def test_a_head_that_reads_layers_reads_their_states(solver: str) -> None:
+    """transformers collects what layers compute by hooks that the first forward pass leaves behind: whether there was
+    one before nodes came is no matter."""
+    found = []
+    for before in (False, True):
+        model, given = weighted_sum()
+        if before:
+            model(**given)
+        PCModel(model, PCConfig(solver=solver, precision=3.0, sweeps=4)).accumulate_grad(**given)
+        found.append(gradients(model))
+    assert worst(*found) < 1e-9

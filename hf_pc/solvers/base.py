@@ -102,6 +102,10 @@ class Solver(ABC):
     def close(self, relaxation: Relaxation) -> None:
         """Measure what a learning pass's `backward()` has left to measure; called once after it."""
 
+    def takes_again(self, relaxation: Relaxation, output_energy: Tensor) -> bool:
+        """Whether a pass has to be run again, as it could not be differentiated; the solver has changed its ways."""
+        return False
+
     def recover(self, relaxation: Relaxation, error: RuntimeError) -> bool:
         """Whether a pass that raised `error` can be run again, now that the solver has changed its ways."""
         return False

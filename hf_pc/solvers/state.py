@@ -75,6 +75,9 @@ class StateSolver(Solver):
         #: differentiate each piece as soon as it has run: blocks cut the graph, parts of a block do not; unlearned
         #: where blocks turn out to share a part of it
         self.piecewise = config.nodes == "block" and config.attention_energy is None
+        #: by kind of pass, the sites of whose pieces it is known whether the head shares a part; each is asked once
+        self._known: set[tuple[str, str]] = set()
+        self._freed: set[Any] = set()  # what the pieces of this pass that are asked about are computed by
 
     def sends(self, relaxation: Relaxation, site: Site) -> bool:
         """Whether a node sends a signal down: not while it rests, but that weights learn zeros from it."""
@@ -114,6 +117,10 @@ class StateSolver(Solver):
         inputs = [s.leaf for s in below] + weights
         if not inputs:
             return
+        # (a model that is split over processes has no head that reads more than the last state)
+        if (relaxation.mode, site.label) not in self._known and relaxation.share.count == 1:
+            self._known.add((relaxation.mode, site.label))
+            self._freed |= _graph(mu)
         found = list(torch.autograd.grad(mu, inputs, self.signal(site).to(mu.dtype), allow_unused=True))
         for lower, gradient in zip(below, found, strict=False):
             if gradient is not None:
@@ -155,6 +162,14 @@ class StateSolver(Solver):
             relaxation.measure(site, signal, gradients[-1])
         return gradients
 
+    def takes_again(self, relaxation: Relaxation, output_energy: Tensor) -> bool:
+        if not self._freed:
+            return False
+        shared, self._freed = not self._freed.isdisjoint(_graph(output_energy)), set()
+        if shared:  # as where logits are a weighted sum of all states and of what the first block reads
+            self.piecewise = False
+        return shared
+
     def recover(self, relaxation: Relaxation, error: RuntimeError) -> bool:
         if not self.piecewise or "second time" not in str(error):
             return False
@@ -179,6 +194,19 @@ class StateSolver(Solver):
                 break
         mover.settle()
         return mover.confirm
+
+
+def _graph(tensor: Tensor) -> set[Any]:
+    """The functions that a tensor is computed by, back to leaves, which are left out: weights may be shared."""
+    found: set[Any] = set()
+    ahead = [tensor.grad_fn]
+    while ahead:
+        function = ahead.pop()
+        if function is None or function in found or hasattr(function, "variable"):
+            continue
+        found.add(function)
+        ahead += [before for before, _ in function.next_functions]
+    return found
 
 
 def _unshared(gradient: Tensor) -> bool:
