@@ -71,7 +71,8 @@ class Node:
         """Let `visit(node, mu)` replace the module's output; None leaves it as it is. Returns the hook's handle.
 
         It comes before other hooks, such as those that transformers leaves on blocks to collect hidden states: a head
-        that reads those is to read states. FSDP's own come first, which give up the block that has run.
+        that reads those is to read states. FSDP's own come first, which give up the block that has run; there, such
+        hooks see predictions if a pass was made before nodes came.
         """
         return self.module.register_forward_hook(_Hook(self, visit), prepend=not is_sharded(self.module))
 

@@ -32,6 +32,8 @@ class Share:
     top = True
     #: processes that have a part each
     count = 1
+    #: whether the model was taken apart, so that its head reads the last state and nothing else
+    apart = False
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums over the nodes here made sums over all nodes."""

@@ -117,10 +117,10 @@ def random_batch(model: Any, batch: int, sequence: int) -> dict[str, Tensor]:
     inputs = random_input(model, batch, sequence)
     decoded = inputs.pop("decoder_input_ids", None)
     kind = type(model).__name__
-    end = model.config.eos_token_id
+    end = getattr(model.config, "eos_token_id", None)
     if "SequenceClassification" in kind and model.config.is_encoder_decoder and isinstance(end, int):
         ids = inputs["input_ids"]  # such a model reads what it says off the one end of each sequence
-        ids[ids == end] = end - 1 if end else 1
+        ids[ids == end] = next(other for other in range(3) if other not in (end, model.config.pad_token_id))
         ids[:, -1] = end
     if "MultipleChoice" in kind:
         return inputs | {"labels": torch.arange(batch, device=model.device) % 2}

@@ -54,6 +54,8 @@ class Neighbours(Share):
         sent: bytes of states and signals sent so far.
     """
 
+    apart = True
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.index, self.count = process_index(), process_count()

@@ -78,7 +78,8 @@ class SplitPCModel(PCModel):
         example: Mapping[str, Any] | None = None,
     ) -> None:
         config = PCConfig(solver="state") if config is None else PCConfig.of(config)
-        _check_group(model)
+        _check_group()
+        at_once(_out_of_reach(model))
         same_everywhere({f"PCConfig.{name}": value for name, value in config.to_dict().items()} | {"split": split})
         same_everywhere(_signature(model))
         found = blocks(model)
@@ -302,19 +303,24 @@ class SplitPCModel(PCModel):
         return result
 
 
-def _check_group(model: nn.Module) -> None:
+def _check_group() -> None:
     started = os.environ.get("WORLD_SIZE", "1")
     if process_count() == 1 and started != "1":
         raise ValueError(
             f"WORLD_SIZE={started}: a launcher started several processes, and they have no process group; call "
             "torch.distributed.init_process_group or accelerate.PartialState first"
         )
+
+
+def _out_of_reach(model: nn.Module) -> str | None:
+    """What is wrong where the process group carries nothing from the model's device; None where it does."""
     kind = next(model.parameters()).device.type
-    if process_count() > 1 and f"{kind}:" not in torch.distributed.get_backend_config():
-        raise ValueError(
-            f"the model is on {kind!r}, where this process group carries nothing "
-            f"({torch.distributed.get_backend_config()}): move it to the device of each process first"
-        )
+    if process_count() == 1 or f"{kind}:" in torch.distributed.get_backend_config():
+        return None
+    return (
+        f"the model is on {kind!r}, where this process group carries nothing "
+        f"({torch.distributed.get_backend_config()}): move it to the device of each process first"
+    )
 
 
 def _check_config(config: PCConfig) -> None:

@@ -30,6 +30,8 @@ from hf_pc.solvers.descent import Descent
 if TYPE_CHECKING:
     from hf_pc.config import PCConfig
 
+#: what autograd calls a copy
+COPIES = ("CloneBackward0", "ToCopyBackward0")
 #: first rate of a sequence with step "auto": a chain of equal gains is stable under half a step
 FIRST_RATE = 0.4
 
@@ -73,11 +75,12 @@ class StateSolver(Solver):
     def __init__(self, config: PCConfig) -> None:
         super().__init__(config)
         #: differentiate each piece as soon as it has run: blocks cut the graph, parts of a block do not; unlearned
-        #: where blocks turn out to share a part of it
+        #: where blocks, or a block and the head, turn out to share a part of it
         self.piecewise = config.nodes == "block" and config.attention_energy is None
-        #: by kind of pass, the sites of whose pieces it is known whether the head shares a part; each is asked once
+        #: by kind of pass, the sites of whose pieces it is known that the head shares no part
         self._known: set[tuple[str, str]] = set()
-        self._freed: set[Any] = set()  # what the pieces of this pass that are asked about are computed by
+        #: of the others that have run in this pass, what their pieces are computed by
+        self._asked: dict[tuple[str, str], set[Any]] = {}
 
     def sends(self, relaxation: Relaxation, site: Site) -> bool:
         """Whether a node sends a signal down: not while it rests, but that weights learn zeros from it."""
@@ -99,6 +102,8 @@ class StateSolver(Solver):
     def join(self, relaxation: Relaxation, site: Site, mu: Tensor) -> Tensor:
         if relaxation.at_rest:
             site.leaf = wide(mu.detach()).clone().requires_grad_()
+        if site is relaxation.sites[0]:
+            self._asked = {}  # of a pass that did not come to its end
         # what is predicted of padding moves with the states that it reads, and no label says where to
         site.error = relaxation.without_padding(site, site.leaf.detach() - wide(mu.detach()))
         if not (self.piecewise and relaxation.pieces):
@@ -117,10 +122,9 @@ class StateSolver(Solver):
         inputs = [s.leaf for s in below] + weights
         if not inputs:
             return
-        # (a model that is split over processes has no head that reads more than the last state)
-        if (relaxation.mode, site.label) not in self._known and relaxation.share.count == 1:
-            self._known.add((relaxation.mode, site.label))
-            self._freed |= _graph(mu)
+        piece = relaxation.mode, site.label
+        if piece not in self._known and not relaxation.share.apart:
+            self._asked[piece] = _graph(mu)
         found = list(torch.autograd.grad(mu, inputs, self.signal(site).to(mu.dtype), allow_unused=True))
         for lower, gradient in zip(below, found, strict=False):
             if gradient is not None:
@@ -163,9 +167,12 @@ class StateSolver(Solver):
         return gradients
 
     def takes_again(self, relaxation: Relaxation, output_energy: Tensor) -> bool:
-        if not self._freed:
+        if not self._asked:
             return False
-        shared, self._freed = not self._freed.isdisjoint(_graph(output_energy)), set()
+        head = _graph(output_energy)
+        shared = any(not piece.isdisjoint(head) for piece in self._asked.values())
+        self._known.update(self._asked)
+        self._asked = {}
         if shared:  # as where logits are a weighted sum of all states and of what the first block reads
             self.piecewise = False
         return shared
@@ -197,15 +204,19 @@ class StateSolver(Solver):
 
 
 def _graph(tensor: Tensor) -> set[Any]:
-    """The functions that a tensor is computed by, back to leaves, which are left out: weights may be shared."""
+    """The functions that a tensor is computed by, back to leaves. Those and copies of them, of a state or of a weight
+    under autocast, are left out: they keep nothing for the backward pass, and may be gone through twice."""
     found: set[Any] = set()
-    ahead = [tensor.grad_fn]
+    ahead: list[Any] = [tensor.grad_fn]
     while ahead:
         function = ahead.pop()
         if function is None or function in found or hasattr(function, "variable"):
             continue
+        before = [other for other, _ in function.next_functions]
+        if function.name() in COPIES and all(hasattr(other, "variable") for other in before):
+            continue
         found.add(function)
-        ahead += [before for before, _ in function.next_functions]
+        ahead += before
     return found
 
 
