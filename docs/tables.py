@@ -178,6 +178,7 @@ TABLES: dict[str, dict[str, Column]] = {
         "target": lambda line: format(line["settings"]["relaxed_fraction"], "g"),
         "T": lambda line: str(line["settings"]["sweeps"]),
         "strengths": lambda line: ", ".join(f"{strength:g}" for strength in line["settings"]["strengths"]),
+        "sweeps a step": field("sweeps", ".1f"),
         "tolerance": lambda line: format(line["settings"].get("tolerance", 0.0), "g"),
         "limit": lambda line: format(line["settings"]["bias_limit"], "g"),
         "seed": field("seed"),
