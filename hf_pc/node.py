@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from hf_pc.dtypes import sum_dtype, wide, wide_dtype
 from hf_pc.energies import Energy, relative_precision
-from hf_pc.processes import is_sharded
 
 RELAX, LEARN = "relax", "learn"
 
@@ -70,11 +69,14 @@ class Node:
     def attach(self, visit: Callable[[Node, Tensor], Tensor | None]) -> Any:
         """Let `visit(node, mu)` replace the module's output; None leaves it as it is. Returns the hook's handle.
 
-        It comes before other hooks, such as those that transformers leaves on blocks to collect hidden states: a head
-        that reads those is to read states. FSDP's own come first, which give up the block that has run; there, such
-        hooks see predictions if a pass was made before nodes came.
+        It comes before the hooks by which transformers collects hidden states, which the first forward pass leaves on
+        blocks: a head that reads those is to read states.
         """
-        return self.module.register_forward_hook(_Hook(self, visit), prepend=not is_sharded(self.module))
+        handle = self.module.register_forward_hook(_Hook(self, visit))
+        hooks = self.module._forward_hooks
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith("transformers.")]:
+            hooks[key] = hooks.pop(key)
+        return handle
 
 
 class _Hook:

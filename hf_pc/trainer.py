@@ -161,9 +161,8 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
         self._compare(model, inputs)  # not while a batch relaxes
         pc = self._attached()
         model.train()
-        if callable(
-            switch := getattr(self.optimizer, "train", None)
-        ):  # of averaged weights, as the Trainer does later
+        switch = getattr(self.optimizer, "train", None)
+        if callable(switch):  # of averaged weights, before the states relax
             switch()
         inputs = self._prepare_inputs(inputs)
         self._probe(pc, inputs)
