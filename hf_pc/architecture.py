@@ -11,6 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+#: the adapters of PEFT whose virtual tokens are keys and values, and have no positions
+KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
+
 
 def base_model(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT model, or the model itself."""
@@ -61,10 +64,7 @@ def virtual_tokens(model: nn.Module) -> int:
     """How many positions an active prompt-learning adapter puts before a sequence; what it gives as keys and values
     has none."""
     adapter = getattr(model, "active_peft_config", None)
-    if not getattr(adapter, "is_prompt_learning", False) or getattr(adapter, "peft_type", None) in (
-        "PREFIX_TUNING",
-        "CARTRIDGE",
-    ):
+    if not getattr(adapter, "is_prompt_learning", False) or getattr(adapter, "peft_type", None) in KEYS_AND_VALUES:
         return 0
     return int(adapter.num_virtual_tokens)  # type: ignore[union-attr]
 

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from hf_pc import PCConfig, PCModel
+from hf_pc.attention import attention_forward
 
 SIZES = {
     "vocab_size": 50,
@@ -159,3 +160,11 @@ def test_padding_changes_nothing(energy: str) -> None:
         PCModel(model, PCConfig(attention_energy=energy, relative_std=2.0, sweeps=6)).accumulate_grad(**given)
         found.append(gradients(model))
     assert worst(found[0], found[1]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["sinks", "s_aux"])
+def test_sinks_that_are_given_are_refused(name: str) -> None:
+    """By whichever argument a model hands them over: without them another function would be computed."""
+    heads = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="Identity has attention sinks"):
+        attention_forward(torch.nn.Identity(), heads, heads, heads, None, **{name: torch.zeros(2)})
