@@ -31,6 +31,7 @@ def check(config: PCConfig, solver: type[Solver]) -> None:
     _check_energies(config)
     _check_precision(config, solver)
     _check_updates(config, solver)
+    _check_recording(config)
     solver.check(config)
 
 
@@ -154,6 +155,16 @@ def _check_updates(config: PCConfig, solver: type[Solver]) -> None:
         raise ValueError(
             f"PCConfig.state_optimizer={optimizer!r} needs a number as step_size, its learning rate; it is 'auto'"
         )
+
+
+def _check_recording(config: PCConfig) -> None:
+    """`cuda_graph`: that nothing in a step is drawn, or decided by what it measures."""
+    needed = {"solver": ("error",), "learning": [rule for rule in RULES if rule != "wake_sleep"], "tolerance": (0,),
+              "attention_energy": (None,)}  # fmt: skip
+    for name, allowed in needed.items() if config.cuda_graph else ():
+        if (value := getattr(config, name)) not in allowed:
+            wanted = " or ".join(map(repr, allowed))
+            raise ValueError(f"PCConfig.cuda_graph=True needs {name}={wanted}, not {value!r}: all steps are alike")
 
 
 def _with(attribute: str) -> str:

@@ -120,6 +120,8 @@ class PCConfig:
             it (solvers "error" and "langevin", weights in float32; errors stay in float32). None relaxes as it learns.
         compile: `torch.compile` the forward of each node's module and the output energy; not with attention logits or
             nodes inside nodes.
+        cuda_graph: record each step as one CUDA graph, which takes a GPU that one process has for itself and a model
+            that draws no random numbers (see `hf_pc.cuda_graph`).
 
     Raises:
         ValueError: an unknown name, an impossible combination or a value out of range; the message names the
@@ -175,6 +177,7 @@ class PCConfig:
         default=None, metadata={"help": "bfloat16 or float16, of sweeps between the first and the last."}
     )
     compile: bool = field(default=False, metadata={"help": "Compile each node's module and the output energy."})
+    cuda_graph: bool = field(default=False, metadata={"help": "Record each step as one CUDA graph."})
 
     def __post_init__(self) -> None:
         from hf_pc.combinations import check as check_combinations
@@ -188,8 +191,9 @@ class PCConfig:
         tolerance_ok = isinstance(self.tolerance, (int, float)) and not isinstance(self.tolerance, bool)
         if not tolerance_ok or not 0 <= self.tolerance < 1:
             raise ValueError(f"PCConfig.tolerance={self.tolerance!r} is not allowed: 0 <= tolerance < 1 is needed")
-        if not isinstance(self.compile, bool):
-            raise ValueError(f"PCConfig.compile={self.compile!r} is not allowed: true or false is needed")
+        for name in ("compile", "cuda_graph"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"PCConfig.{name}={value!r} is not allowed: true or false is needed")
         if self.dropout not in DROPOUT_POLICIES:
             raise ValueError(f"PCConfig.dropout={self.dropout!r} is unknown; allowed: {DROPOUT_POLICIES}")
         check_combinations(self, SOLVERS[self.solver])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_pc.dtypes import exact
 
+OUTPUT_LABEL = "output"
 #: under this relaxed_fraction a step is backprop's in all but name
 BACKPROP_LIKE = 0.02
 #: under this residual a batch is at its equilibrium
@@ -37,6 +38,20 @@ def on_cpu(scalars: dict[str, Tensor]) -> dict[str, Tensor]:
 def residual(gradient: Tensor, signal: Tensor) -> Tensor:
     """|dF/dx| / |g| from their squares; 0 where no signal arrives."""
     return torch.where(signal == 0, 0.0, gradient.sqrt() / signal.sqrt())  # the ratio of the squares may overflow
+
+
+def first_nonfinite(sums: Mapping[str, Tensor]) -> str | None:
+    """The first node, in the order of the forward pass, whose prediction or energy is not finite, or the output.
+
+    Args:
+        sums: of one relaxation.
+    """
+    for kind in ("prediction_square/", "energy/"):  # errors spread what is wrong with a prediction to all nodes
+        for name, value in sums.items():
+            label = name.removeprefix(kind)
+            if name.startswith(kind) and label != OUTPUT_LABEL and not bool(value.isfinite()):
+                return label
+    return None if bool(sums[f"energy/{OUTPUT_LABEL}"].isfinite()) else OUTPUT_LABEL
 
 
 def add_sums(total: dict[str, Tensor], new: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -32,9 +31,10 @@ from hf_pc.attention import AttentionNodes
 from hf_pc.batch_state import NO_CHECKPOINTING, RunningStatistics, copied, drop_nothing
 from hf_pc.compilation import compile_parts
 from hf_pc.config import PCConfig
+from hf_pc.cuda_graph import Buffers, Learned, Recorder, Step
 from hf_pc.dtypes import exact
 from hf_pc.learning import PLAIN, Phase, phases_of
-from hf_pc.measurements import EVERY_PHASE, add_sums, summary
+from hf_pc.measurements import EVERY_PHASE, add_sums, on_cpu, summary
 from hf_pc.node import LEARN, RELAX, Node, Strength
 from hf_pc.output import IGNORED, ClassifierOutput, Output
 from hf_pc.placement import innermost, resolve
@@ -42,7 +42,7 @@ from hf_pc.processes import everywhere, is_sharded, process_count, process_index
 from hf_pc.relaxation import Relaxation, Share
 from hf_pc.report import RelaxationOutput
 from hf_pc.reuse import FirstPrediction, RunsAgain, unreached_left_out
-from hf_pc.rng import RandomState, draws_from_numpy, undrawn
+from hf_pc.rng import NothingDrawn, RandomState, draws_from_numpy, undrawn
 from hf_pc.saving import SavingMixin
 from hf_pc.solvers import SOLVERS
 from hf_pc.steering import Steering
@@ -87,6 +87,8 @@ class PCModel(SavingMixin):
         self._confirm: Callable[[], bool] | None = None
         self._defers = self._sharded = self._counts = False
         self._keep_states = False
+        self._recorder = Recorder() if self.config.cuda_graph else None
+        self._buffers: Buffers | None = None  # of a step that is being recorded
         self.attach()
 
     @property
@@ -147,7 +149,8 @@ class PCModel(SavingMixin):
                 assert self.relaxation.seed is not None
                 torch.manual_seed(self.relaxation.seed)
                 self._own_labels = self.output.draw(outputs["logits"].detach(), labels)
-        energy = self.output.total(outputs, labels, checked=not self.relaxation.at_rest)
+        checked = self._buffers is not None or not self.relaxation.at_rest
+        energy = self.output.total(outputs, labels, checked=checked)
         if self.solver.takes_again(self.relaxation, energy):
             self.relaxation.again()
             outputs = forward(**self._begin_pass(batch))
@@ -198,7 +201,9 @@ class PCModel(SavingMixin):
             later = not phase.last and all(other.warm for other in self.phases[1:])
             self._defers = later and not routed
             if phase.first:  # the phases of a step see the same dropout masks
-                self._dropout_state = RandomState((p.device for p in self._parameters), self._numpy)
+                recorded = self._buffers is not None
+                devices = (p.device for p in self._parameters)
+                self._dropout_state = NothingDrawn() if recorded else RandomState(devices, self._numpy)
             self._random = self._dropout_state
             with self._dropout():
                 # whether the module of the first node learns through what the first pass has of it
@@ -252,10 +257,14 @@ class PCModel(SavingMixin):
 
     def _begin(self, batch: Mapping[str, Any], labels: Tensor, phase: Phase, together: bool) -> Relaxation:
         """The relaxation of a phase; `together` where every pass is a meeting of all processes."""
-        strength = Strength(self.config.precision, self.relative_std, self.steering.activity)
-        signs = self.steering.signs(len(labels), labels.device) if phase.mirrored else None
-        count = labels.ne(IGNORED).sum()
+        held = self._buffers
+        signs = None
+        if phase.mirrored:
+            signs = self.steering.signs(len(labels), labels.device) if held is None else held.signs
+        count, strength = labels.ne(IGNORED).sum(), self.strength()
         relaxation = Relaxation(len(labels), count, strength, self.solver.join, phase, self._before, signs, self.share)
+        if held is not None:
+            relaxation.decide = held.decide
         if not is_encoder_decoder(self.model):  # the mask of an encoder is none of its decoder
             relaxation.note_padding(batch.get("attention_mask"))
         if together:
@@ -355,6 +364,8 @@ class PCModel(SavingMixin):
                 outputs, energy = self._pass(self.model, batch, labels)
         if learns:
             first.spend()
+        if self._recorder is not None and self.relaxation.phase.first:
+            self._recorder.note(self.relaxation.sites, outputs["logits"])
         return energy if mode == RELAX else self.relaxation.loss(energy), outputs
 
     def _check_reached(self) -> None:
@@ -466,24 +477,34 @@ class PCModel(SavingMixin):
         self.output.count(self.output.split(inputs)[1])
         if items is not None and items <= 0:
             raise ValueError(f"num_items_in_batch={items!r} is not allowed: a number above 0 is needed")
-        self._keep_states = True
-        try:
-            with torch.enable_grad():
-                return self._phases(inputs, mode, items, weight_step)
-        finally:
-            self._keep_states = False
+        phases = self.phases if mode == LEARN else (PLAIN,)
+        with torch.enable_grad():
+            self._keep_states = mode == RELAX or self._recorder is None
+            try:
+                step = partial(self._phases, mode, weight_step)
+                measured, report = self.take(step, inputs, items) if mode == LEARN else step(inputs, items)
+            finally:
+                self._keep_states = False
+        sums: dict[str, Tensor] = {}
+        for phase, found in zip(phases, measured, strict=True):
+            batch = len(inputs["labels"])
+            add_sums(sums, self.note(phase, found, batch) if mode == LEARN else self.share.merge(on_cpu(found)))
+        facts = {"sweeps": int(sums["sweeps"]), "feedforward_energy": float(report["feedforward_energy"])}
+        return RelaxationOutput(**(report | summary(sums) | facts))
 
     def _phases(
-        self, inputs: Mapping[str, Any], mode: str, items: Tensor | int | None,
-        weight_step: Callable[[Tensor], None] | None,
-    ) -> RelaxationOutput:  # fmt: skip
+        self, mode: str, weight_step: Callable[[Tensor], None] | None, inputs: Mapping[str, Any],
+        items: Tensor | int | None,
+    ) -> Learned:  # fmt: skip
+        """Every phase of a step: what each measured, and tensors to report of the first."""
+
         def step(loss: Tensor) -> None:
             assert weight_step is not None
             assert self.relaxation is not None
             weight_step(loss / (self.relaxation.tokens.to(loss.device) if items is None else items))
 
-        sums: dict[str, Tensor] = {}
-        report: RelaxationOutput | None = None
+        measured: list[dict[str, Tensor]] = []
+        report: dict[str, Any] = {}
         for phase in self.phases if mode == LEARN else (PLAIN,):
             weights = None if weight_step is None else step
             with self.relaxed(inputs, weights, phase, learns=mode == LEARN) as relaxation:
@@ -491,7 +512,6 @@ class PCModel(SavingMixin):
                     with self._frozen():
                         energy, _ = self.learning_pass(inputs, mode=RELAX)
                         self.solver.gradients(relaxation, energy)
-                    found = sums = relaxation.sums()
                 else:
                     loss, outputs = self.learning_pass(inputs)
                     tokens = relaxation.tokens.to(loss.device)  # blocks may be spread over devices
@@ -500,33 +520,34 @@ class PCModel(SavingMixin):
                     loss = loss / divisor + share * auxiliary_loss(self.model, outputs)
                     del outputs  # the logits need not be there while weights learn
                     torch.autograd.backward(loss)
-                    found = self.observe(relaxation)
-                    add_sums(sums, found)
-                if report is None:
-                    report = self._report(relaxation, found)
-        assert report is not None
-        facts = summary(sums) | {"sweeps": int(sums["sweeps"])}
-        return replace(report, **facts)
+                measured.append(self.measured(relaxation) if mode == LEARN else relaxation.measured())
+                report = report or self._report(relaxation)
+        return measured, report
 
-    def _report(self, relaxation: Relaxation, sums: Mapping[str, Tensor]) -> RelaxationOutput:
+    def _report(self, relaxation: Relaxation) -> dict[str, Any]:
         assert relaxation.feedforward_energy is not None
-        assert relaxation.states is not None
-        return RelaxationOutput(
-            **summary(sums),
-            feedforward_energy=float(self.share.sum(exact(relaxation.feedforward_energy).sum()))
-            / float(relaxation.tokens),
-            states=relaxation.states,
-            errors={site.label: site.error.detach().contiguous() for site in relaxation.sites},
-            sequence_free_energy=relaxation.free_energy(),
-        )
+        kept = relaxation.states is not None
+        return {
+            "feedforward_energy": self.share.sum(exact(relaxation.feedforward_energy).sum()) / relaxation.tokens,
+            "states": relaxation.states or {},
+            "errors": {site.label: site.error.detach().contiguous() for site in relaxation.sites if kept},
+            "sequence_free_energy": relaxation.free_energy(),
+        }
 
     def observe(self, relaxation: Relaxation) -> dict[str, Tensor]:
         """Note a learned phase for `steer`, and return its measurements as sums."""
+        return self.note(relaxation.phase, self.measured(relaxation), relaxation.batch)
+
+    def measured(self, relaxation: Relaxation) -> dict[str, Tensor]:
+        """What a learned phase has measured, left where that was: for `note`."""
         self.solver.close(relaxation)
-        sums = relaxation.sums()
-        phase = relaxation.phase
+        return relaxation.measured()
+
+    def note(self, phase: Phase, measured: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
+        """The same of what a phase over as many sequences has measured."""
+        sums = self.share.merge(on_cpu(measured))
         if phase.mirrored and phase.last:
-            self.steering.count_rows(relaxation.batch)
+            self.steering.count_rows(batch)
         if not phase.first:
             counted = EVERY_PHASE if not phase.at_rest else ("sweeps", "bias", "nonfinite")
             sums = {name: sums[name] for name in counted if name in sums}
@@ -542,6 +563,24 @@ class PCModel(SavingMixin):
         for node in self.nodes:
             node.energy.step(reduce)
         self.steering.step(reduce, steers=any(node.precision is None for node in self.nodes))
+
+    def take(self, step: Step, inputs: Mapping[str, Any], items: Tensor | int | None) -> Learned:
+        """Take a step, given as what goes through all `phases`, by way of a recording where `cuda_graph` wants one."""
+        return step(inputs, items) if self._recorder is None else self._recorder.step(self, step, inputs, items)
+
+    @contextmanager
+    def recorded(self, buffers: Buffers) -> Iterator[None]:
+        """Inside, a step reads what changes from step to step from buffers, and decides nothing by what it finds."""
+        self._buffers = buffers
+        try:
+            yield
+        finally:
+            self._buffers = None
+
+    def strength(self) -> Strength:
+        """How strongly errors are penalised now."""
+        held = {} if self._buffers is None else self._buffers.precisions
+        return Strength(self.config.precision, self.relative_std, self.steering.activity, held)
 
     @property
     def relative_std(self) -> float:

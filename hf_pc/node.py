@@ -19,7 +19,7 @@ g it is compared with are always in the same units, nats.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -122,19 +122,28 @@ class Strength:
         relative_std: sigma as a multiple of each node's activity.
         activity: the RMS of each site's predictions in the optimiser step before. Where there is none yet, in the
             first step, each token's own RMS stands in: another batch statistic would let sequences feel each other.
+        held: precisions of sites that are known on the device alone, scalars, by the sites' labels.
     """
 
     precision: float | None
     relative_std: float
     activity: Mapping[str, float]
+    held: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def of(self, node: Node, label: str, mu: Tensor) -> Tensor:
-        """The precision of a site: a scalar, or [..., 1] per token."""
+    def number(self, node: Node, label: str) -> float | None:
+        """The precision of a site, where it is one number; None where each token has its own."""
         fixed = node.precision if node.precision is not None else self.precision
         if fixed is None and (node.in_nats or node.energy.in_nats):
             fixed = self.relative_std**-2
         elif fixed is None and label in self.activity:
             fixed = (self.relative_std * self.activity[label]) ** -2
+        return fixed
+
+    def of(self, node: Node, label: str, mu: Tensor) -> Tensor:
+        """The precision of a site: a scalar, or [..., 1] per token."""
+        if label in self.held:
+            return self.held[label].to(wide_dtype(mu))
+        fixed = self.number(node, label)
         if fixed is None:
             return relative_precision(mu, self.relative_std)
         return torch.full((), fixed, dtype=wide_dtype(mu), device=mu.device)

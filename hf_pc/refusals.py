@@ -52,6 +52,8 @@ def refuse(args: TrainingArguments, config: PCConfig, model: nn.Module | None) -
             "noise out as well: use dropout='replay'"
         )
     _refuse_compilation(args)
+    if config.cuda_graph:
+        _refuse_recording(args, checkpoints)
     if config.relaxation_dtype is not None and _mixed_precision(args) != "no":
         raise ValueError(
             f"relaxation_dtype={config.relaxation_dtype!r} is not allowed with bf16, fp16 or another mixed precision, "
@@ -134,6 +136,20 @@ def _refuse_compilation(args: TrainingArguments) -> None:
             "torch_compile=True is not supported: a compiled model skips the hooks of the nodes; "
             "PCConfig.compile=True compiles between them"
         )
+
+
+def _refuse_recording(args: TrainingArguments, checkpoints: bool) -> None:
+    """What a step that is recorded as a CUDA graph cannot be."""
+    reasons = {
+        f"{args.world_size} processes, which exchange gradients inside a step": args.world_size > 1,
+        f"the device {str(args.device)!r}, which has no CUDA graphs": args.device.type != "cuda",
+        "fp16, whose losses are scaled by what the steps before gave: use bf16": _mixed_precision(args) == "fp16",
+        "activation checkpointing, which reads the state of the generators": checkpoints,
+        f"neftune_noise_alpha={args.neftune_noise_alpha}, as noise is drawn": bool(args.neftune_noise_alpha),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"PCConfig.cuda_graph=True is not allowed with {reason}")
 
 
 def _refuse_splits(args: TrainingArguments, model: nn.Module | None) -> None:

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from hf_pc.dtypes import exact, sum_dtype, wide
 from hf_pc.learning import PLAIN, Phase
-from hf_pc.measurements import on_cpu, residual
+from hf_pc.measurements import OUTPUT_LABEL, on_cpu, residual
 from hf_pc.node import LEARN, RELAX, Boundary, LossScale, Node, Site, Strength
 from hf_pc.top_signal import TopSignal
 
-OUTPUT_LABEL = "output"
 #: between the seeds of two devices: those of processes are one apart, and a CPU's generator knows 32 bits of a seed
 DEVICE_STRIDE = 1_000_003
 
@@ -89,6 +88,8 @@ class Relaxation:
         self.lower: torch.dtype | None = None  # of passes between the first and the last, if not that of those two
         #: whether what holds here does so on every process, where passes are made by all of them together
         self.agree: Callable[[bool], bool] = lambda holds: holds
+        #: what is taken for the answer whether the last pass stands for all sequences; only to ask waits for a GPU
+        self.decide: Callable[[Tensor], bool] = bool
         self.defers = False  # whether the first node's module is left to learn in a later phase
         self.step_size = 1.0
         self.steps_last = not phase.at_rest  # whether the learning pass takes the last step
@@ -359,22 +360,16 @@ class Relaxation:
         """
         return residual(*self._squares())
 
-    def first_nonfinite(self) -> str | None:
-        """The first node, in the order of the forward pass, whose prediction or energy is not finite."""
-        for name in ("prediction_norm", "energy"):  # errors spread what is wrong with a prediction to all nodes
-            for site in self.sites:
-                if not bool(getattr(site, name).isfinite().all()):
-                    return site.label
-        if self.output_energy is not None and not bool(self.output_energy.isfinite().all()):
-            return OUTPUT_LABEL
-        return None
-
     def sums(self) -> dict[str, Tensor]:
         """What `summary` needs, as float64 scalars that add up over batches and processes.
 
         Energies are those of the states, whichever way a sequence relaxed: signs would leave little of their mean.
         Raises RuntimeError where `residual` does.
         """
+        return self.share.merge(on_cpu(self.measured()))
+
+    def measured(self) -> dict[str, Tensor]:
+        """The same of the nodes here, left where it was measured."""
         assert self.output_energy is not None
         gradient, signal = self._squares()
         free_energy = self._free_energy(signed=False)
@@ -405,7 +400,7 @@ class Relaxation:
                 sums[f"error_square/{site.label}"] = error
                 sums[f"prediction_square/{site.label}"] = prediction
                 sums[f"size/{site.label}"] = torch.as_tensor(site.size)
-        return self.share.merge(on_cpu(sums))
+        return sums
 
 
 def _together(values: list[Tensor], device: torch.device) -> Tensor:

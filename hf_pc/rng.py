@@ -41,6 +41,12 @@ class RandomState:
         """A copy of the same generators' present state."""
         return RandomState(self._devices, self._numpy is not None)
 
+    def holds(self) -> bool:
+        """Whether nothing was drawn since; of numpy nothing is known."""
+        now = self.now()
+        same = all(torch.equal(state, now._accelerators[device]) for device, state in self._accelerators.items())
+        return same and self._python == now._python and torch.equal(self._cpu, now._cpu)
+
     def restore(self) -> None:
         random.setstate(self._python)
         if self._numpy is not None:
@@ -48,6 +54,19 @@ class RandomState:
         torch.set_rng_state(self._cpu)
         for device, state in self._accelerators.items():
             torch.get_device_module(device).set_rng_state(state, *_named(device))
+
+
+class NothingDrawn(RandomState):
+    """That of a step in which nothing is drawn: there is nothing to restore."""
+
+    def __init__(self) -> None:
+        pass
+
+    def now(self) -> RandomState:
+        return self
+
+    def restore(self) -> None:
+        pass
 
 
 def _named(device: torch.device) -> tuple[torch.device, ...]:

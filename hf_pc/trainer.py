@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from hf_pc.callbacks import GRADIENT, NonFiniteGuard, SteeringCallback, overflow
 from hf_pc.checkpoints import CheckpointMixin
 from hf_pc.checks import check_whole
 from hf_pc.config import PCConfig
+from hf_pc.cuda_graph import Learned
 from hf_pc.diagnostics.curvature import RUNAWAY, largest_curvature
 from hf_pc.heatmap import EnergyHeatmap
 from hf_pc.learning import cancels_in_each_sequence, cost, phases_of
-from hf_pc.measurements import add_sums, summary
+from hf_pc.measurements import add_sums, first_nonfinite, on_cpu, summary
 from hf_pc.model import PCModel
 from hf_pc.placement import resolve
 from hf_pc.processes import gathered, is_sharded, naming_the_lost, reducing
@@ -170,6 +172,26 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
         if self.pc_config.weight_update == "every_sweep":
             weight_step = self._weight_step(model, inputs, num_items_in_batch)
         self.nonfinite_node = None
+        before = self._without_labels
+        learn = partial(self._learn, model, weight_step)
+        measured, report = pc.take(learn, inputs, num_items_in_batch)
+        for phase, found in zip(pc.phases, measured, strict=True):
+            sums = pc.note(phase, found, len(inputs["labels"]))
+            add_sums(self._window, sums)
+            if sums["nonfinite"]:
+                self.nonfinite_node = self.nonfinite_node or first_nonfinite(on_cpu(found))
+        self._without_labels = before + report["without_labels"]
+        loss: Tensor = report["loss"]
+        return loss
+
+    def _learn(
+        self, model: nn.Module, weight_step: Callable[[Tensor], None] | None, inputs: Mapping[str, Any],
+        items: Tensor | int | None,
+    ) -> Learned:  # fmt: skip
+        """Every phase of a step: what each measured, the loss to log, and whether there was nothing to learn from."""
+        pc = self._attached()
+        self._without_labels = 0
+        measured: list[dict[str, Tensor]] = []
         logged: Tensor | None = None
         for phase in pc.phases:
             with (
@@ -177,11 +199,8 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
                 pc.relaxed(inputs, weight_step, phase, model) as relaxation,
                 self._synchronised(model, phase.last),
             ):
-                loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-                found = pc.observe(relaxation)
-                add_sums(self._window, found)
-                if found["nonfinite"]:
-                    self.nonfinite_node = self.nonfinite_node or relaxation.first_nonfinite()
+                loss: Tensor = super().training_step(model, dict(inputs), items)
+                measured.append(pc.measured(relaxation))
                 if logged is None:
                     # the feedforward pass's loss, not that of states which have seen the labels
                     assert relaxation.feedforward_energy is not None
@@ -190,7 +209,7 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
                     scale = torch.where(relaxed == 0, 1.0, seen / relaxed / phase.weight)
                     logged = (loss - self._routing) * scale + self._routing / phase.share
         assert logged is not None
-        return logged
+        return measured, {"loss": logged, "without_labels": self._without_labels}
 
     def _probe(self, pc: PCModel, inputs: Mapping[str, Any]) -> None:
         every = getattr(self.args, "curvature_steps", None)

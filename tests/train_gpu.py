@@ -1,4 +1,4 @@
-"""Short runs on a GPU: `train_gpu.py FOLDER`, by itself or under torchrun; weights go to FOLDER/<by whom>.pt."""
+"""Short runs on a GPU: `train_gpu.py FOLDER [RUN...]`, alone or under torchrun; weights go to FOLDER/<by whom>.pt."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"solver": "state", "relaxed_fraction": 0.1, "sweeps": 3, "weight_update": "every_sweep"}, {}
     ),
     "langevin": ({"solver": "langevin", "relative_std": 0.1}, {}),
+    "recorded": (BALANCED | {"cuda_graph": True}, {}),
+    "bf16_short": (BALANCED, {"bf16": True}),
+    "bf16_recorded": (BALANCED | {"cuda_graph": True, "compile": True}, {"bf16": True}),
     "bf16": ({"relaxed_fraction": 0.1, "tolerance": 0.05}, {"bf16": True}),
     "sharded": (BALANCED, SHARDED if LAUNCHED else {}),
 }  # fmt: skip
@@ -59,7 +62,7 @@ def learn(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    found = {name: learn(folder, name) for name in RUNS}
+    found = {name: learn(folder, name) for name in sys.argv[2:] or RUNS}
     if LAUNCHED:
         assert torch.distributed.get_backend() == "nccl"
         torch.distributed.destroy_process_group()

@@ -24,7 +24,8 @@ from hf_pc.learning import RULES, cancels_in_each_sequence
 
 DEFAULTS = {"steps": 1000, "batch": 16, "layers": 6, "hidden": 128, "heads": 4, "sequence": 64, "sweeps": 3,
             "seeds": 3, "learning_rates": [2e-3, 4e-3, 8e-3, 1.6e-2],
-            "methods": None, "compile": False, "output_dir": Path("runs/equilibrium")}  # fmt: skip
+            "methods": None, "compile": False, "cuda_graph": False,
+            "output_dir": Path("runs/equilibrium")}  # fmt: skip
 
 
 def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:
@@ -42,6 +43,7 @@ def methods(args: argparse.Namespace) -> dict[str, PCConfig | None]:
                 sweeps=args.sweeps,
                 anderson_depth=args.anderson_depth,
                 tolerance=args.tolerance,
+                cuda_graph=args.cuda_graph and rule != "wake_sleep",
                 **common,
             )
         common["sweeps"] = args.state_sweeps

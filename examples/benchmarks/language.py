@@ -40,7 +40,7 @@ REGIME = ("relaxed_fraction", "residual", "signal_bias", "refused", "sweeps")
 #: arguments that one training's outcome does not depend on, but through its PCConfig, its text, its seed and rate
 ELSEWHERE = frozenset((
     "train_file", "output_dir", "methods", "seeds", "first_seed", "learning_rates", "relaxed_fractions",
-    "relative_stds", "sweeps", "state_sweeps", "strengths", "bias_limit", "anderson_depth", "tolerance",
+    "relative_stds", "sweeps", "state_sweeps", "strengths", "bias_limit", "anderson_depth", "tolerance", "cuda_graph",
 ))  # fmt: skip
 Batch = dict[str, Tensor]
 Found = TypeVar("Found")
@@ -80,6 +80,8 @@ def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentPars
         parser.add_argument("--methods", nargs="+", default=defaults["methods"], help="some of them; default: all")
     if "compile" in defaults:
         parser.add_argument("--compile", action="store_true", help="compile the blocks, for PC and for backprop")
+    if "cuda_graph" in defaults:
+        parser.add_argument("--cuda_graph", action="store_true", help="record steps of PC as CUDA graphs")
     if "output_dir" in defaults:
         parser.add_argument(
             "--output_dir", type=Path, default=defaults["output_dir"], help="for table, figure and what is trained"
@@ -215,21 +217,23 @@ def step_ratio(model: GPT2LMHeadModel, config: PCConfig, text: Text, args: argpa
     ratios = []
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)  # the model stays as it is
-    for batch in windows(text.train, args.sequence, args.batch, pairs + 2, 0):
+    pc = PCModel(model, config)
+    pc.detach()
+    for batch in windows(text.train, args.sequence, args.batch, pairs + 3, 0):
         seconds = []
-        for chosen in (config, None):
-            pc = PCModel(model, chosen) if chosen else None
-            with compiled(model, config.compile and pc is None) as output:
+        for chosen in (pc, None):
+            if chosen:
+                pc.attach()
+            with compiled(model, config.compile and chosen is None) as output:
                 began = time.perf_counter()
-                gradient(model, pc, batch, optimizer, output)
+                gradient(model, chosen, batch, optimizer, output)
                 moved(model, optimizer)
                 if model.device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - began)
-            if pc is not None:
-                pc.detach()
+            pc.detach()
         ratios.append(seconds[0] / seconds[1])
-    return statistics.median(ratios[2:])
+    return statistics.median(ratios[3:])
 
 
 def changed(config: PCConfig) -> dict[str, Any]:

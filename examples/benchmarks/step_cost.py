@@ -4,6 +4,7 @@
         --sweeps 1 2 5 --threads 1
 
 Prints one JSON line per T. With --compile also what `compile=True` makes of a step's time, for both kinds of step;
+with --cuda_graph also what `cuda_graph=True` does to compiled ones, for both kinds of step;
 with --checkpointing also the memory of either kind with activation checkpointing, over that of backprop without. A
 step is everything up to the gradient, with --optimizer also AdamW's part, which is the same for both. Time is the
 median of interleaved pairs; memory is the own peak of each over the built model, on a CPU in a process of its own.
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +38,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from hf_pc import PCConfig, PCModel
 from hf_pc.compilation import compile_parts
+from hf_pc.cuda_graph import WARM, unpacked
 from hf_pc.measurements import relaxed_fraction
 from hf_pc.output import Output
 from hf_pc.placement import resolve
 
 BACKPROP, PASS = 0, -1  #: kinds of steps beside those of T sweeps
+PLAIN, COMPILED, RECORDED = "", "_compiled", "_recorded"  #: how they are run; recorded ones are compiled as well
 
 SETTING = ("model", "solver", "layers", "hidden", "sequence", "batch", "vocab", "threads", "mixed_precision",
            "optimizer", "seed")  # fmt: skip
@@ -58,6 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--optimizer", action="store_true", help="a step has AdamW's part too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="also time steps whose blocks are compiled")
+    parser.add_argument("--cuda_graph", action="store_true", help="also time compiled steps that are CUDA graphs")
     parser.add_argument("--checkpointing", action="store_true", help="also measure memory with checkpointed blocks")
     parser.add_argument("--checkpointed", action="store_true", help=argparse.SUPPRESS)  # of the step to measure
     parser.add_argument("--measure-memory", type=int, help=argparse.SUPPRESS)  # sweeps of the one step to run; 0: BP
@@ -107,18 +112,51 @@ def predictive_coding(pc: PCModel, inputs: dict[str, torch.Tensor]) -> dict[str,
         loss = pc.learning_pass(inputs)[0]  # without the logits, which backprop has no more at this point
         (loss / relaxation.tokens).backward()
         sums = pc.observe(relaxation)
+    pc.steer()
     # no more than these: it is inside what is timed
     return {"relaxed_fraction": relaxed_fraction(sums), "residual": float(sums["residual"] / sums["sequences"])}
 
 
+def recorded_predictive_coding(pc: PCModel, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
+    report = pc.accumulate_grad(**inputs)
+    pc.steer()
+    return {"relaxed_fraction": report.relaxed_fraction, "residual": report.residual}
+
+
+def recorded(model: Any, run: Callable[[], Any]) -> Callable[[], dict[str, float]]:
+    """What `run` does on a GPU as a CUDA graph, whose gradients are handed on as a PCModel hands its own on."""
+    graph = torch.cuda.CUDAGraph()
+    for _ in range(2):
+        run()
+    model.zero_grad()
+    with torch.cuda.graph(graph):
+        run()
+    found = [(p, p.grad) for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+
+    def play() -> dict[str, float]:
+        graph.replay()
+        for p, gradient in found:
+            p.grad = gradient.clone()
+        return {}
+
+    return play
+
+
 def stepper(
-    model: Any, inputs: dict[str, torch.Tensor], sweeps: int, args: argparse.Namespace, compiled: bool = False
+    model: Any, inputs: dict[str, torch.Tensor], sweeps: int, args: argparse.Namespace, how: str = PLAIN
 ) -> Callable[[], dict[str, float]]:
     """A step with `sweeps` sweeps, of BACKPROP or PASS, from cleared gradients; the model becomes its own."""
     if args.mixed_precision != "no":
         Accelerator(mixed_precision=args.mixed_precision, cpu=not torch.cuda.is_available()).prepare_model(model)
-    config = PCConfig(relative_std=0.2, sweeps=sweeps, solver=args.solver, compile=compiled) if sweeps > 0 else None
+    compiled = how != PLAIN
+    config = None
+    if sweeps > 0:
+        config = PCConfig(
+            relative_std=0.2, sweeps=sweeps, solver=args.solver, compile=compiled, cuda_graph=how == RECORDED
+        )
     pc = PCModel(model, config) if config else None
+    learn = recorded_predictive_coding if how == RECORDED else predictive_coding
     output = Output.of(model)
     if compiled and pc is None:
         compile_parts(resolve(model, PCConfig()), output, active=lambda: True)
@@ -126,11 +164,14 @@ def stepper(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6) if args.optimizer and sweeps != PASS else None
     if sweeps == PASS:
         model.requires_grad_(False)
-    plain = frozen_pass if sweeps == PASS else backprop
+    plain: Callable[[], dict[str, float]] = partial(frozen_pass if sweeps == PASS else backprop, model, inputs, output)
+    if how == RECORDED and pc is None:
+        with unpacked(inputs):
+            plain = recorded(model, plain)
 
     def step() -> dict[str, float]:
         model.zero_grad()
-        facts = plain(model, inputs, output) if pc is None else predictive_coding(pc, inputs)
+        facts = plain() if pc is None else learn(pc, inputs)
         if optimizer is not None:
             optimizer.step()
         if torch.cuda.is_available():
@@ -190,32 +231,32 @@ def quotients(numerators: list[float], denominators: list[float]) -> list[float]
     return [above / below for above, below in zip(numerators, denominators, strict=True)]
 
 
-Times = dict[tuple[int, bool], list[float]]
+Times = dict[tuple[int, str], list[float]]
 
 
-def of_passes(times: Times, sweeps: int, compiled: bool) -> dict[str, float]:
+def of_passes(times: Times, sweeps: int, how: str) -> dict[str, float]:
     """What a sweep's passes take of a step of backprop, and what the step takes beyond them and such a step."""
     passes = [
         (sweeps - 1) * one + step
-        for one, step in zip(times[PASS, compiled], times[BACKPROP, compiled], strict=True)
+        for one, step in zip(times[PASS, how], times[BACKPROP, how], strict=True)
     ]  # fmt: skip
     return {
-        "sweep_ratio": round(statistics.median(quotients(times[PASS, compiled], times[BACKPROP, compiled])), 3),
-        "over_passes": round(statistics.median(quotients(times[sweeps, compiled], passes)) - 1, 3),
+        "sweep_ratio": round(statistics.median(quotients(times[PASS, how], times[BACKPROP, how])), 3),
+        "over_passes": round(statistics.median(quotients(times[sweeps, how], passes)) - 1, 3),
     }
 
 
-def of_compiled(times: Times, sweeps: int) -> dict[str, Any]:
-    """The same of compiled blocks, and what compiling them gains."""
-    ratios = quotients(times[sweeps, True], times[BACKPROP, True])
+def of_other(times: Times, sweeps: int, how: str) -> dict[str, Any]:
+    """The same of steps that are compiled, or recorded, over backprop's that are so too; what that gains either."""
+    ratios = quotients(times[sweeps, how], times[BACKPROP, how])
     kinds = (("pc", sweeps), ("backprop", BACKPROP))
     return {
-        "time_ratio_compiled": round(statistics.median(ratios), 3),
-        **{f"{name}_compiled": value for name, value in of_passes(times, sweeps, compiled=True).items()},
-        "compiled_over_not": {
-            name: round(statistics.median(quotients(times[kind, True], times[kind, False])), 3) for name, kind in kinds
+        f"time_ratio{how}": round(statistics.median(ratios), 3),
+        **{f"{name}{how}": value for name, value in of_passes(times, sweeps, how).items()},
+        f"{how[1:]}_over_not": {
+            name: round(statistics.median(quotients(times[kind, how], times[kind, PLAIN])), 3) for name, kind in kinds
         },
-        "milliseconds_compiled": {name: round(1000 * statistics.median(times[kind, True]), 2) for name, kind in kinds},
+        f"milliseconds{how}": {name: round(1000 * statistics.median(times[kind, how]), 2) for name, kind in kinds},
     }
 
 
@@ -227,11 +268,10 @@ def main() -> None:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, inputs = build(args, device)
-    kinds = [(sweeps, False) for sweeps in (BACKPROP, PASS, *dict.fromkeys(args.sweeps))]
-    if args.compile:
-        kinds += [(sweeps, True) for sweeps, _ in kinds]
+    others = [how for how, wanted in ((COMPILED, args.compile), (RECORDED, args.cuda_graph)) if wanted]
+    kinds = [(sweeps, how) for how in (PLAIN, *others) for sweeps in (BACKPROP, PASS, *dict.fromkeys(args.sweeps))]
     steps = {kind: stepper(copy.deepcopy(model), inputs, kind[0], args, kind[1]) for kind in kinds}
-    facts = {kind: step() for kind, step in steps.items() for _ in range(2)}
+    facts = {kind: step() for kind, step in steps.items() for _ in range(WARM + 1 if kind[1] == RECORDED else 2)}
     times: Times = {kind: [] for kind in kinds}
     for _ in range(args.runs):
         for kind in kinds:
@@ -239,24 +279,24 @@ def main() -> None:
     steps.clear()
     backprop_bytes = memory(args, BACKPROP)
     for sweeps in dict.fromkeys(args.sweeps):
-        ratios = quotients(times[sweeps, False], times[BACKPROP, False])
+        ratios = quotients(times[sweeps, PLAIN], times[BACKPROP, PLAIN])
         ratio, limit = statistics.median(ratios), (2 * sweeps + 1) / 3
         line = {
             **{n: getattr(args, n) for n in SETTING},
             "sweeps": sweeps, "time_ratio": round(ratio, 3), "time_ratio_quartiles":
             [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]] if len(ratios) > 1 else None,
             "limit": round(limit, 3), "over_limit": round(ratio / limit - 1, 3),
-            **of_passes(times, sweeps, compiled=False),
+            **of_passes(times, sweeps, PLAIN),
             "memory_ratio": round(memory(args, sweeps) / backprop_bytes, 3),
             "backprop_gib": round(backprop_bytes / 2**30, 2),
             **({"memory_ratio_checkpointed": {
                 name: round(memory(args, kind, checkpointed=True) / backprop_bytes, 3)
                 for name, kind in (("pc", sweeps), ("backprop", BACKPROP))
             }} if args.checkpointing else {}),
-            **{name: round(value, 5) for name, value in facts[sweeps, False].items()},
-            **(of_compiled(times, sweeps) if args.compile else {}),
+            **{name: round(value, 5) for name, value in facts[sweeps, PLAIN].items()},
+            **{name: value for how in others for name, value in of_other(times, sweeps, how).items()},
             "milliseconds": {
-                name: round(1000 * statistics.median(times[kind, False]), 2)
+                name: round(1000 * statistics.median(times[kind, PLAIN]), 2)
                 for name, kind in (("pc", sweeps), ("backprop", BACKPROP))
             },
             "machine": f"{processor(device)}, torch {torch.__version__}", "runs": args.runs,

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_pc.measurements import OUTPUT_LABEL
 from hf_pc.processes import gathered, process_count, process_index
-from hf_pc.relaxation import OUTPUT_LABEL, Share
+from hf_pc.relaxation import Share
 
 #: of `Relaxation.sums` what each process measured of its own nodes; the rest is the same on all of them
 ADDED = ("change", "reference", "bias", f"energy/{OUTPUT_LABEL}")

@@ -73,7 +73,10 @@ class Acceleration:
         squares, against = products[..., :-1], products[..., -1]
         size = squares.diagonal(dim1=1, dim2=2).rsqrt()
         size = torch.where(size.isinf(), 0.0, size)
-        cosines = squares * size[:, :, None] * size[:, None, :] * (1 - RIDGE)
-        cosines.diagonal(dim1=1, dim2=2).fill_(1)
-        shares = torch.linalg.solve_ex(cosines, against * size)[0] * size
+        shares = against * size
+        if count > 1:  # else the only cosine is that of a turn with itself
+            cosines = squares * size[:, :, None] * size[:, None, :] * (1 - RIDGE)
+            cosines.diagonal(dim1=1, dim2=2).fill_(1)
+            shares = torch.linalg.solve_ex(cosines, shares)[0]
+        shares = shares * size
         return torch.where(shares.isfinite(), shares, 0.0).T.to(device, sum_dtype(device))

@@ -133,7 +133,7 @@ class Descent:
         if self.relaxation.lower is not None:
             self._compare_with_rest()
         stands = self.judge()
-        all_stand = bool(stands.all())
+        all_stand = self.relaxation.decide(stands.all())
         if not all_stand:
             self._restore(stands)
         self.best = self.direction = []  # the backward pass that follows has enough to hold
