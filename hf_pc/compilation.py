@@ -2,13 +2,16 @@
 
 A hook cannot be compiled, so not the model is compiled but the forward of each node's module, whose hook runs outside.
 Compiled, a softmax over a vocabulary is one operation, and leaves no copy of the logits in float32.
+
+What is compiled while weights are frozen is kept apart from what they learn through. torch 2.11, which does not look at
+a module's weights each time, was seen to run one for the other: blocks had no gradient in the first step.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -45,7 +48,11 @@ class Compiled:
         self.active = active
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.compiled if self.active() else self.plain)(*args, **kwargs)
+        return self._now()(*args, **kwargs)
+
+    def _now(self) -> Callable[..., Any]:
+        """What is to run."""
+        return self.compiled if self.active() else self.plain
 
 
 class CompiledForward(Compiled):
@@ -54,10 +61,26 @@ class CompiledForward(Compiled):
     def __init__(self, module: nn.Module, active: Callable[[], bool]) -> None:
         self.module = weakref.ref(module)
         super().__init__(module.forward, active)
+        self.frozen = torch.compile(_twin(module.forward))
+        self.weights = list(module.parameters())
+
+    def _now(self) -> Callable[..., Any]:
+        frozen = self.active() and not any(weight.requires_grad for weight in self.weights)
+        return self.frozen if frozen else super()._now()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo[id(self.module())]
         return MethodType(type(copied).forward, copied)
+
+
+def _twin(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The same method as code of its own, for torch keeps what it compiles with the code."""
+    if not isinstance(method, MethodType) or not isinstance(function := method.__func__, FunctionType):
+        return method
+    code = function.__code__.replace(co_name=f"{function.__code__.co_name}_frozen")
+    twin = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return MethodType(twin, method.__self__)
 
 
 def compile_parts(nodes: list[Node], output: Output, active: Callable[[], bool]) -> Callable[[], None]:

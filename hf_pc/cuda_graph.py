@@ -7,7 +7,8 @@ numbers. What does is taken out of it:
 - precisions and signs are read from buffers, which are filled before each step;
 - labels are looked at before the step, and an attention mask that hides nothing is left out;
 - whether the last pass of a phase stands is told by the recording, which takes it for granted. Where it did not, a
-  second recording is played instead, in which every phase runs its last pass again, from errors that stand;
+  second recording is played instead, in which every phase runs its last pass again, from errors that stand; and so in
+  the steps that follow, until all last passes stand;
 - whatever a recorded step measures, and every weight's gradient, is copied out behind it.
 
 A step is recorded after `WARM` steps of its form that Python told: those compile and tune what is to be recorded. The
@@ -21,8 +22,9 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from unittest.mock import patch
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -73,16 +75,17 @@ class Buffers:
 class CudaGraph:
     """What `run` tells the GPU, to be told again."""
 
-    #: memory that all recordings use in turn
-    _pool: Any = None
+    #: those that there are, whose memory all use in turn
+    _others: ClassVar[WeakSet[CudaGraph]] = WeakSet()
+    _graph: torch.cuda.CUDAGraph
 
     def __init__(self, run: Callable[[], None]) -> None:
-        if CudaGraph._pool is None:
-            CudaGraph._pool = torch.cuda.graph_pool_handle()
+        pool = next((other._graph.pool() for other in CudaGraph._others), None)
         self._graph = torch.cuda.CUDAGraph()
         # other threads may pin memory meanwhile, as those of data loaders do
-        with torch.cuda.graph(self._graph, pool=CudaGraph._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             run()
+        CudaGraph._others.add(self)
 
     def play(self) -> None:
         self._graph.replay()
@@ -165,9 +168,13 @@ class Recording:
 
 @dataclass
 class Form:
-    """Batches of one form: how many were learned without a recording, and the recordings."""
+    """Batches of one form: how many were learned without a recording, and the recordings.
+
+    The careful one is played again as long as there are last passes that do not stand.
+    """
 
     seen: int = 0
+    stood: bool = True
     plain: Recording | None = None
     careful: Recording | None = None
 
@@ -209,8 +216,9 @@ class Recorder:
         _, labels = pc.output.split(inputs)
         pc.output.check(self._logits, labels)
         form.plain = form.plain or self._recording(pc, step, inputs, items, careful=False)
-        played = form.plain
-        if not played.play(inputs, items):
+        played = form.careful if form.careful is not None and not form.stood else form.plain
+        form.stood = played.play(inputs, items)
+        if not form.stood and played is form.plain:
             form.careful = form.careful or self._recording(pc, step, inputs, items, careful=True)
             played = form.careful
             played.play(inputs, items)

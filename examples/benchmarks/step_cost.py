@@ -38,7 +38,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from hf_pc import PCConfig, PCModel
 from hf_pc.compilation import compile_parts
-from hf_pc.cuda_graph import WARM, unpacked
+from hf_pc.cuda_graph import WARM, CudaGraph, unpacked
 from hf_pc.measurements import relaxed_fraction
 from hf_pc.output import Output
 from hf_pc.placement import resolve
@@ -125,17 +125,15 @@ def recorded_predictive_coding(pc: PCModel, inputs: dict[str, torch.Tensor]) -> 
 
 def recorded(model: Any, run: Callable[[], Any]) -> Callable[[], dict[str, float]]:
     """What `run` does on a GPU as a CUDA graph, whose gradients are handed on as a PCModel hands its own on."""
-    graph = torch.cuda.CUDAGraph()
     for _ in range(2):
         run()
     model.zero_grad()
-    with torch.cuda.graph(graph):
-        run()
+    graph = CudaGraph(run)
     found = [(p, p.grad) for p in model.parameters() if p.grad is not None]
     model.zero_grad()
 
     def play() -> dict[str, float]:
-        graph.replay()
+        graph.play()
         for p, gradient in found:
             p.grad = gradient.clone()
         return {}
