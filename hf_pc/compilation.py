@@ -3,8 +3,8 @@
 A hook cannot be compiled, so not the model is compiled but the forward of each node's module, whose hook runs outside.
 Compiled, a softmax over a vocabulary is one operation, and leaves no copy of the logits in float32.
 
-What is compiled while weights are frozen is kept apart from what they learn through. torch 2.11, which does not look at
-a module's weights each time, was seen to run one for the other: blocks had no gradient in the first step.
+What is compiled while weights are frozen is kept apart from what they learn through. torch 2.11, which does not always
+look at a module's weights again, was seen to run one for the other: blocks had no gradient in the first step.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from hf_pc.attention import AttentionNodes
 from hf_pc.batch_state import NO_CHECKPOINTING, RunningStatistics, copied, drop_nothing
 from hf_pc.compilation import compile_parts
 from hf_pc.config import PCConfig
-from hf_pc.cuda_graph import Buffers, Learned, Recorder, Step
+from hf_pc.cuda_graph import Buffers, Learned, Step
 from hf_pc.dtypes import exact
 from hf_pc.learning import PLAIN, Phase, phases_of
 from hf_pc.measurements import EVERY_PHASE, add_sums, on_cpu, summary
@@ -39,6 +39,7 @@ from hf_pc.node import LEARN, RELAX, Node, Strength
 from hf_pc.output import IGNORED, ClassifierOutput, Output
 from hf_pc.placement import innermost, resolve
 from hf_pc.processes import everywhere, is_sharded, process_count, process_index
+from hf_pc.recorder import Recorder
 from hf_pc.relaxation import Relaxation, Share
 from hf_pc.report import RelaxationOutput
 from hf_pc.reuse import FirstPrediction, RunsAgain, unreached_left_out
@@ -87,7 +88,7 @@ class PCModel(SavingMixin):
         self._confirm: Callable[[], bool] | None = None
         self._defers = self._sharded = self._counts = False
         self._keep_states = False
-        self._recorder = Recorder() if self.config.cuda_graph else None
+        self._recorder: Recorder | None = None
         self._buffers: Buffers | None = None  # of a step that is being recorded
         self.attach()
 
@@ -102,12 +103,14 @@ class PCModel(SavingMixin):
         active: Callable[[], bool] = lambda: (alive := this()) is not None and alive.relaxation is not None  # noqa: E731
         compiles = partial(compile_parts, self._module_nodes, self.output, active) if self.config.compile else None
         self._attachment = Attachment(self.model, self._module_nodes, self._attention, self._visit, compiles)
+        self._recorder = Recorder() if self.config.cuda_graph else None
 
     def detach(self) -> None:
         """Remove the nodes; the model is what it was. Does nothing if they are gone already."""
         if self.relaxation is not None:
             raise RuntimeError("this PCModel is relaxing a batch: detach() it afterwards")
         self._attachment.remove()
+        self._recorder = None  # and with it the memory of recorded steps
 
     def _visit(self, node: Node, mu: Tensor) -> Tensor | None:
         if self.relaxation is None:

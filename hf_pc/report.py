@@ -27,8 +27,10 @@ class RelaxationOutput:
         sweeps: passes run, over all phases of the rule of `learning`.
         refused: share of the moves of single sequences that were refused.
         states: x = mu + e of each node, shaped as its output; of a module that runs several times in a pass
-            NAME, NAME-1 and so on, here and in `errors`, `energies` and `displacement`.
-        errors: e of each node, float32 or wider; of a model over several processes, as `states`, of the nodes here.
+            NAME, NAME-1 and so on, here and in `errors`, `energies` and `displacement`. None of steps that are learned
+            with `PCConfig.cuda_graph`.
+        errors: e of each node, float32 or wider; of a model over several processes, as `states`, of the nodes here;
+            and as these none with `cuda_graph`.
         sequence_free_energy: F of each sequence, nats, [batch]; where a rule takes the output energy of every other
             sequence with the opposite sign, F is what was descended, with that sign (`free_energy` is without).
     """

@@ -42,10 +42,11 @@ class RandomState:
         return RandomState(self._devices, self._numpy is not None)
 
     def holds(self) -> bool:
-        """Whether nothing was drawn since; of numpy nothing is known."""
+        """Whether nothing was drawn since."""
         now = self.now()
         same = all(torch.equal(state, now._accelerators[device]) for device, state in self._accelerators.items())
-        return same and self._python == now._python and torch.equal(self._cpu, now._cpu)
+        same = same and self._python == now._python and torch.equal(self._cpu, now._cpu)
+        return same and all(map(np.array_equal, self._numpy or (), now._numpy or ()))
 
     def restore(self) -> None:
         random.setstate(self._python)

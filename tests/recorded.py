@@ -33,7 +33,7 @@ class _Noting(TorchDispatchMode):
 class Replay:
     """Takes the place of `hf_pc.cuda_graph.CudaGraph`."""
 
-    def __init__(self, run: Callable[[], None]) -> None:
+    def __init__(self, run: Callable[[], None], device: torch.device) -> None:
         noting = _Noting()
         with noting, patch("transformers.utils.import_utils.is_cuda_stream_capturing", lambda: True):
             run()

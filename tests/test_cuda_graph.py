@@ -13,7 +13,7 @@ from recorded import Replay
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_pc import PCConfig, PCModel, PCTrainer, PCTrainingArguments
-from hf_pc.cuda_graph import WARM, Recorder
+from hf_pc.recorder import WARM, Recorder
 
 SIZES = {"vocab_size": 13, "n_positions": 8, "n_embd": 16, "n_layer": 3, "n_head": 2}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -168,6 +168,23 @@ def test_forms_and_weights_have_recordings_of_their_own() -> None:
     trained(pc, data[:1])
     assert [form.plain is not None for form in pc._recorder._forms.values()] == [False]
     assert pc.model.transformer.wte.weight.grad is None
+
+
+def test_forms_may_take_turns() -> None:
+    """What is known of one form, such as the shape of its logits, is not taken for another's."""
+    settings: dict[str, Any] = {"sweeps": 3, "relative_std": 0.5}
+    long, short = batches(WARM + 3), batches(WARM + 3, rows=2, length=5)
+    data = [batch for pair in zip(long, short, strict=True) for batch in pair]
+    pc = recording(gpt2(), **settings)
+    found, expected = trained(pc, data), trained(PCModel(gpt2(), PCConfig(**settings)), data)
+    assert pc._recorder is not None
+    assert [form.plain is not None for form in pc._recorder._forms.values()] == [True, True]
+    for (report, gradients), (wanted, others) in zip(found, expected, strict=True):
+        assert report.free_energy == pytest.approx(wanted.free_energy, rel=1e-4)
+        for one, other in zip(gradients, others, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    pc.detach()
+    assert pc._recorder is None
 
 
 def test_labels_out_of_range_are_named_before_a_step_is_played() -> None:

@@ -14,7 +14,7 @@ from pairs import HERE
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_pc import PCConfig, PCModel
-from hf_pc.cuda_graph import WARM
+from hf_pc.recorder import WARM
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

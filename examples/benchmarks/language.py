@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -34,6 +35,7 @@ from hf_pc.compilation import compile_parts
 from hf_pc.measurements import regime
 from hf_pc.output import Output
 from hf_pc.placement import resolve
+from hf_pc.recorder import WARM
 
 #: what is reported of a training, the mean over its steps
 REGIME = ("relaxed_fraction", "residual", "signal_bias", "refused", "sweeps")
@@ -216,24 +218,22 @@ def step_ratio(model: GPT2LMHeadModel, config: PCConfig, text: Text, args: argpa
     """Time of a PC step over a backprop step, clipping and AdamW included; the median of interleaved pairs."""
     ratios = []
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)  # the model stays as it is
+    other = copy.deepcopy(model)
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=0.0) for one in (model, other)]  # they stay as they are
     pc = PCModel(model, config)
-    pc.detach()
-    for batch in windows(text.train, args.sequence, args.batch, pairs + 3, 0):
-        seconds = []
-        for chosen in (pc, None):
-            if chosen:
-                pc.attach()
-            with compiled(model, config.compile and chosen is None) as output:
+    with compiled(other, config.compile) as output:
+        for batch in windows(text.train, args.sequence, args.batch, pairs + WARM + 1, 0):
+            seconds = []
+            for learner, chosen, optimizer in zip((model, other), (pc, None), optimizers, strict=True):
                 began = time.perf_counter()
-                gradient(model, chosen, batch, optimizer, output)
-                moved(model, optimizer)
-                if model.device.type == "cuda":
+                gradient(learner, chosen, batch, optimizer, output)
+                moved(learner, optimizer)
+                if learner.device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - began)
-            pc.detach()
-        ratios.append(seconds[0] / seconds[1])
-    return statistics.median(ratios[3:])
+            ratios.append(seconds[0] / seconds[1])
+    pc.detach()
+    return statistics.median(ratios[WARM + 1 :])
 
 
 def changed(config: PCConfig) -> dict[str, Any]:

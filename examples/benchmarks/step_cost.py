@@ -38,10 +38,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from hf_pc import PCConfig, PCModel
 from hf_pc.compilation import compile_parts
-from hf_pc.cuda_graph import WARM, CudaGraph, unpacked
+from hf_pc.cuda_graph import CudaGraph, unpacked
 from hf_pc.measurements import relaxed_fraction
 from hf_pc.output import Output
 from hf_pc.placement import resolve
+from hf_pc.recorder import WARM
 
 BACKPROP, PASS = 0, -1  #: kinds of steps beside those of T sweeps
 PLAIN, COMPILED, RECORDED = "", "_compiled", "_recorded"  #: how they are run; recorded ones are compiled as well
@@ -128,7 +129,7 @@ def recorded(model: Any, run: Callable[[], Any]) -> Callable[[], dict[str, float
     for _ in range(2):
         run()
     model.zero_grad()
-    graph = CudaGraph(run)
+    graph = CudaGraph(run, next(model.parameters()).device)
     found = [(p, p.grad) for p in model.parameters() if p.grad is not None]
     model.zero_grad()
 
