@@ -1,15 +1,16 @@
-"""The text of run_clm_pc.py: files, a data set, or the Python language reference; a tokenizer trained on it."""
+"""The text of the language examples: files, a data set, or the Python language reference; a tokenizer of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
-from task import at_least
+from task import at_least, first
 from transformers import PreTrainedTokenizerFast
 
-from hf_pc.text import check_file, hold_out, load_files, text_column
+from hf_pc.text import blocks_of, check_file, choose_block_size, hold_out, load_files, text_column
 
 END = "<|endoftext|>"
 
@@ -47,6 +48,11 @@ class DataArguments:
                 f"--train_file {self.train_file} and --dataset_name {self.dataset_name}: give one of them"
             )
 
+    @property
+    def source(self) -> str:
+        """What the text is called on a card."""
+        return Path(self.dataset_name or self.train_file or "the Python language reference").name
+
 
 def load_text(args: DataArguments, cache_dir: str | None, token: str | None) -> DatasetDict:
     """Splits "train" and "validation" with a column of text.
@@ -65,6 +71,16 @@ def load_text(args: DataArguments, cache_dir: str | None, token: str | None) -> 
     if "train" not in raw:
         raise ValueError(f"--dataset_name {args.dataset_name} has no split 'train': it has {sorted(raw)}")
     return hold_out(raw, args.validation_split_percentage)
+
+
+def load_blocks(args: DataArguments, text: DatasetDict, model: Any, tokenizer: Any) -> tuple[Dataset, Dataset]:
+    """Sequences to train and to validate on, each with `input_ids` and `labels`, [block_size].
+
+    Raises:
+        ValueError: --block_size is over the model's positions, or a split is shorter than one sequence.
+    """
+    cut = blocks_of(text, tokenizer, choose_block_size(args.block_size, model, tokenizer))
+    return first(cut["train"], args.max_train_samples), first(cut["validation"], args.max_eval_samples)
 
 
 def train_tokenizer(data: DatasetDict, vocabulary: int = 2048) -> PreTrainedTokenizerFast:

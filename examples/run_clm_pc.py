@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clm_data import DataArguments, load_text, train_tokenizer
-from task import CommonArguments, first, launch
+from clm_data import DataArguments, load_blocks, load_text, train_tokenizer
+from task import CommonArguments, launch
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -37,7 +37,6 @@ from transformers import (
 
 from hf_pc import PCConfig, PCTrainingArguments
 from hf_pc.comparison import run
-from hf_pc.text import blocks_of, choose_block_size
 
 #: where the defaults of the demonstration differ from those of TrainingArguments
 DEMO: dict[str, Any] = {
@@ -150,16 +149,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     set_seed(args.seed)
     data = load_text(data_args, model_args.cache_dir, model_args.token)
     model, tokenizer = load_model_and_tokenizer(model_args, data)
-    data = blocks_of(data, tokenizer, choose_block_size(data_args.block_size, model, tokenizer))
-    train, valid = (
-        first(data["train"], data_args.max_train_samples),
-        first(data["validation"], data_args.max_eval_samples),
-    )
+    train, valid = load_blocks(data_args, data, model, tokenizer)
     options = {"train_dataset": train, "eval_dataset": valid, "data_collator": default_data_collator}
-    text = data_args.dataset_name or data_args.train_file or "the Python language reference"
     results, _ = run(
         model, args, pc_config, options, compare_bp=model_args.compare_bp, processing_class=tokenizer,
-        card={"base_model": model_args.model_name_or_path, "dataset": Path(text).name,
+        card={"base_model": model_args.model_name_or_path, "dataset": data_args.source,
               "dataset_id": data_args.dataset_name},
     )  # fmt: skip
     return results

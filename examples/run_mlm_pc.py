@@ -8,12 +8,11 @@ Takes every TrainingArguments and every PCConfig field.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from clm_data import DataArguments, load_text, train_tokenizer
-from task import SMALL_ENCODER, CommonArguments, TaskTrainingArguments, first, launch, parse
+from clm_data import DataArguments, load_blocks, load_text, train_tokenizer
+from task import SMALL_ENCODER, CommonArguments, TaskTrainingArguments, launch, parse
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -23,7 +22,6 @@ from transformers import (
 
 from hf_pc.architecture import positions
 from hf_pc.comparison import run
-from hf_pc.text import blocks_of, choose_block_size
 
 
 @dataclass
@@ -51,15 +49,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         model = AutoModelForMaskedLM.from_config(config)
     if tokenizer.mask_token is None:
         raise ValueError(f"--model_name_or_path {args.model_name_or_path}: its tokenizer has no mask token")
-    size = choose_block_size(text.block_size or min(64, positions(model) or 64), model, tokenizer)
-    data = blocks_of(raw, tokenizer, size).remove_columns("labels")
-    train, valid = first(data["train"], text.max_train_samples), first(data["validation"], text.max_eval_samples)
+    text = replace(text, block_size=text.block_size or min(64, positions(model) or 64))
+    train, valid = (part.remove_columns("labels") for part in load_blocks(text, raw, model, tokenizer))
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=args.mlm_probability)
     options = {"train_dataset": train, "eval_dataset": valid, "data_collator": collator}
-    source = text.dataset_name or text.train_file or "the Python language reference"
     results, _ = run(
         model, training, pc_config, options, compare_bp=args.compare_bp, processing_class=tokenizer,
-        card={"base_model": args.model_name_or_path, "dataset": Path(source).name,
+        card={"base_model": args.model_name_or_path, "dataset": text.source,
               "dataset_id": text.dataset_name, "auto_class": "AutoModelForMaskedLM"},
     )  # fmt: skip
     return results

@@ -20,16 +20,15 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from clm_data import DataArguments, load_text
+from clm_data import DataArguments, load_blocks, load_text
 from run_clm_pc import ModelArguments, load_model_and_tokenizer
-from task import at_least, first, launch
+from task import at_least, launch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, default_data_collator, get_scheduler, set_seed
 
 from hf_pc import PCConfig
 from hf_pc.distributed import SplitPCModel
-from hf_pc.text import blocks_of, choose_block_size
 
 
 @dataclass
@@ -120,11 +119,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if resumed["step"]:
         model_args.model_name_or_path, model_args.config_overrides = str(last), None
     model, tokenizer = load_model_and_tokenizer(model_args, data)
-    data = blocks_of(data, tokenizer, choose_block_size(data_args.block_size, model, tokenizer))
-    train, valid = (
-        first(data["train"], data_args.max_train_samples),
-        first(data["validation"], data_args.max_eval_samples),
-    )
+    train, valid = load_blocks(data_args, data, model, tokenizer)
     own = torch.Generator()  # evaluation leaves the generator of dropout masks alone
     validation = DataLoader(valid, args.batch_size, collate_fn=default_data_collator, generator=own)
     pc = SplitPCModel(model.to(device).train(), config, split=args.split)

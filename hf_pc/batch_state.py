@@ -8,12 +8,15 @@ model writes into its inputs (Whisper masks its features in place) it writes int
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from transformers import Cache
+
+from hf_pc.architecture import evaluating, is_checkpointing
 
 NO_CHECKPOINTING = (
     "PCConfig.dropout='off' does without training mode, in which alone transformers checkpoints activations: use "
@@ -44,6 +47,15 @@ def drop_nothing(model: nn.Module) -> None:
     model.eval()
     for module in training:
         module.train()
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Inside, nothing is dropped. Raises ValueError where activations are checkpointed, as in training mode alone."""
+    if model.training and is_checkpointing(model):
+        raise ValueError(NO_CHECKPOINTING)
+    with evaluating(model, drop_nothing):
+        yield
 
 
 def copied(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from functools import cache
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -58,39 +59,50 @@ class Compiled:
 class CompiledForward(Compiled):
     """Takes the place of a module's forward. A copy of the module gets a forward of its own, not compiled."""
 
-    def __init__(self, module: nn.Module, active: Callable[[], bool]) -> None:
+    def __init__(self, module: nn.Module, active: Callable[[], bool], frozen: Callable[[], bool]) -> None:
         self.module = weakref.ref(module)
         super().__init__(module.forward, active)
-        self.frozen = torch.compile(_twin(module.forward))
-        self.weights = list(module.parameters())
+        self.frozen = frozen
+        self.relaxing = torch.compile(_twin(module.forward))
 
     def _now(self) -> Callable[..., Any]:
-        frozen = self.active() and not any(weight.requires_grad for weight in self.weights)
-        return self.frozen if frozen else super()._now()
+        return self.relaxing if self.active() and self.frozen() else super()._now()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo[id(self.module())]
         return MethodType(type(copied).forward, copied)
 
 
+@cache
+def _twin_code(code: CodeType) -> CodeType:
+    """The same for all modules of a class, so that they share what is compiled."""
+    return code.replace(co_name=f"{code.co_name}_frozen")
+
+
 def _twin(method: Callable[..., Any]) -> Callable[..., Any]:
     """The same method as code of its own, for torch keeps what it compiles with the code."""
     if not isinstance(method, MethodType) or not isinstance(function := method.__func__, FunctionType):
         return method
-    code = function.__code__.replace(co_name=f"{function.__code__.co_name}_frozen")
+    code = _twin_code(function.__code__)
     twin = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     twin.__kwdefaults__ = function.__kwdefaults__
     return MethodType(twin, method.__self__)
 
 
-def compile_parts(nodes: list[Node], output: Output, active: Callable[[], bool]) -> Callable[[], None]:
+def compile_parts(
+    nodes: list[Node], output: Output, active: Callable[[], bool], frozen: Callable[[], bool] = lambda: False
+) -> Callable[[], None]:
     """Compile the forward of every node's module and the output energy, to be used while `active()`; returns what
-    undoes it."""
+    undoes it.
+
+    Args:
+        frozen: whether no weight requires grad at present.
+    """
     vars(output)["energy"] = Compiled(output.energy, active)  # a frozen dataclass
     before: dict[nn.Module, object] = {}
     for node in nodes:
         before[node.module] = node.module.__dict__.get("forward")
-        node.module.forward = CompiledForward(node.module, active)  # type: ignore[method-assign]
+        node.module.forward = CompiledForward(node.module, active, frozen)  # type: ignore[method-assign]
 
     def undo() -> None:
         vars(output).pop("energy", None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,6 +26,15 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Inside, autocast lowers nothing on a device; some sums of products would be."""
     on = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
+@contextmanager
+def lowered(devices: Iterable[torch.device], dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, autocast computes in `dtype` on devices of these kinds; None lowers nothing."""
+    with ExitStack() as inside:
+        for kind in {device.type for device in devices} if dtype is not None else ():
+            inside.enter_context(torch.autocast(kind, dtype))
+        yield
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

@@ -20,23 +20,21 @@ from hf_pc.architecture import (
     accepts,
     auxiliary_loss,
     base_model,
-    evaluating,
-    is_checkpointing,
     is_encoder_decoder,
     layer_drop,
     routes,
 )
 from hf_pc.attachment import Attachment
 from hf_pc.attention import AttentionNodes
-from hf_pc.batch_state import NO_CHECKPOINTING, RunningStatistics, copied, drop_nothing
+from hf_pc.batch_state import RunningStatistics, copied, drop_nothing, without_dropout
 from hf_pc.compilation import compile_parts
 from hf_pc.config import PCConfig
 from hf_pc.cuda_graph import Buffers, Learned, Step
-from hf_pc.dtypes import exact
+from hf_pc.dtypes import exact, lowered
 from hf_pc.learning import PLAIN, Phase, phases_of
 from hf_pc.measurements import EVERY_PHASE, add_sums, on_cpu, summary
 from hf_pc.node import LEARN, RELAX, Node, Strength
-from hf_pc.output import IGNORED, ClassifierOutput, Output
+from hf_pc.output import IGNORED, Output
 from hf_pc.placement import innermost, resolve
 from hf_pc.processes import everywhere, is_sharded, process_count, process_index
 from hf_pc.recorder import Recorder
@@ -87,7 +85,7 @@ class PCModel(SavingMixin):
         self._parameters: list[nn.Parameter] = []  # of the model, as a step found them; to list them takes long
         self._confirm: Callable[[], bool] | None = None
         self._defers = self._sharded = self._counts = False
-        self._keep_states = False
+        self._freezes = False  # whether no weight requires grad at present
         self._recorder: Recorder | None = None
         self._buffers: Buffers | None = None  # of a step that is being recorded
         self.attach()
@@ -100,8 +98,15 @@ class PCModel(SavingMixin):
     def attach(self) -> None:
         """Put the nodes onto the model. Raises ValueError if some PCModel is attached to it already."""
         this = weakref.ref(self)
-        active: Callable[[], bool] = lambda: (alive := this()) is not None and alive.relaxation is not None  # noqa: E731
-        compiles = partial(compile_parts, self._module_nodes, self.output, active) if self.config.compile else None
+
+        def active() -> bool:
+            return (alive := this()) is not None and alive.relaxation is not None
+
+        def frozen() -> bool:
+            return (alive := this()) is not None and alive._freezes
+
+        parts = (self._module_nodes, self.output, active, frozen)
+        compiles = partial(compile_parts, *parts) if self.config.compile else None
         self._attachment = Attachment(self.model, self._module_nodes, self._attention, self._visit, compiles)
         self._recorder = Recorder() if self.config.cuda_graph else None
 
@@ -122,6 +127,7 @@ class PCModel(SavingMixin):
         assert self._random is not None
         assert self.relaxation is not None
         self._random.restore()
+        self.relaxation.begin_pass()
         self._first_prediction.begin_pass()
         self._statistics.hold(not (self._counts and self.relaxation.at_rest))
         if self.config.dropout == "off":  # again in every pass: a Trainer calls train() in between
@@ -129,36 +135,47 @@ class PCModel(SavingMixin):
         return copied(batch)
 
     def _pass(self, forward: Callable[..., Any], batch: Mapping[str, Any], labels: Tensor) -> tuple[Any, Tensor]:
-        """One forward pass at the current errors: the model's output and the output energy, nats, [batch]."""
-        assert self.relaxation is not None
+        """One forward pass at the current errors: the model's output and the output energy, nats, [batch].
+
+        Where it raises, or its energy shows, that it cannot be differentiated as the solver meant to, the solver
+        changes its ways and the pass is run again.
+        """
+        relaxation = self.relaxation
+        assert relaxation is not None
+
+        def run() -> Any:
+            return forward(**self._begin_pass(batch))
+
         try:
-            outputs = forward(**self._begin_pass(batch))
+            outputs = run()
         except RuntimeError as error:
-            if not self.solver.recover(self.relaxation, error):
+            if not self.solver.recover(relaxation, error):
                 raise
-            self.relaxation.again()
-            outputs = forward(**self._begin_pass(batch))
+            outputs = run()
         if self._attention:
             self._attention.check()
-        if self.relaxation.sites:
-            first = self.relaxation.sites[0].node
+        if relaxation.sites:
+            first = relaxation.sites[0].node
             self._first_prediction.found(first.module if first in self._module_nodes else None)
         elif not (self.model.training and layer_drop(self.model)):  # which may leave a step without any block
             names = ", ".join(repr(node.name) for node in self._module_nodes)
             raise ValueError(f"none of the nodes ran in a pass over {type(self.model).__name__}: {names}")
-        draws = any(phase.own_labels for phase in self.phases) and not self.relaxation.phase.own_labels
-        if draws and self.relaxation.at_rest:
-            with undrawn(p.device for p in self._parameters):
-                assert self.relaxation.seed is not None
-                torch.manual_seed(self.relaxation.seed)
-                self._own_labels = self.output.draw(outputs["logits"].detach(), labels)
-        checked = self._buffers is not None or not self.relaxation.at_rest
+        if relaxation.at_rest and not relaxation.phase.own_labels and any(p.own_labels for p in self.phases):
+            self._own_labels = self._drawn(outputs["logits"].detach(), labels)
+        checked = self._buffers is not None or not relaxation.at_rest
         energy = self.output.total(outputs, labels, checked=checked)
-        if self.solver.takes_again(self.relaxation, energy):
-            self.relaxation.again()
-            outputs = forward(**self._begin_pass(batch))
+        if self.solver.takes_again(relaxation, energy):
+            outputs = run()
             energy = self.output.total(outputs, labels, checked=True)
-        return outputs, self.relaxation.note_output(energy)
+        return outputs, relaxation.note_output(energy)
+
+    def _drawn(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Labels of the model's own, shaped as `labels`; what is drawn for them counts for nothing behind it."""
+        assert self.relaxation is not None
+        assert self.relaxation.seed is not None
+        with undrawn(p.device for p in self._parameters):
+            torch.manual_seed(self.relaxation.seed)
+            return self.output.draw(logits, labels)
 
     @contextmanager
     def relaxed(
@@ -206,9 +223,8 @@ class PCModel(SavingMixin):
             if phase.first:  # the phases of a step see the same dropout masks
                 recorded = self._buffers is not None
                 devices = (p.device for p in self._parameters)
-                self._dropout_state = NothingDrawn() if recorded else RandomState(devices, self._numpy)
-            self._random = self._dropout_state
-            with self._dropout():
+                self._random = NothingDrawn() if recorded else RandomState(devices, self._numpy)
+            with without_dropout(self.model) if self.config.dropout == "off" else nullcontext():
                 # whether the module of the first node learns through what the first pass has of it
                 keeps = learns and phase.first and not together and not routed and self.solver.one_backward
                 keeps = keeps and self._first_prediction.may_learn()
@@ -220,8 +236,9 @@ class PCModel(SavingMixin):
             self._statistics.hold(False)
             self._before = None if over else self.relaxation
             self._parameters = [] if over else self._parameters
-            self.relaxation = self._random = self._confirm = None
+            self.relaxation = self._confirm = None
             if over:
+                self._random = None
                 self._first_prediction.forget()
 
     def _check_ready(self, weight_step: Callable[[Tensor], None] | None) -> None:
@@ -250,8 +267,14 @@ class PCModel(SavingMixin):
 
     def _check_hooks(self) -> None:
         """Raise ValueError where something steps weights as soon as a part of their gradient is there."""
-        in_parts = len(self.phases) > 1 or not self.solver.one_backward
-        if in_parts and any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self._parameters):
+        if not any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self._parameters):
+            return
+        if self._recorder is not None:
+            raise ValueError(
+                "a weight has a hook that runs once its gradient is accumulated, as of optimizers that step in the "
+                "backward pass: PCConfig.cuda_graph=True would record what it does once; use another optimizer"
+            )
+        if len(self.phases) > 1 or not self.solver.one_backward:
             raise ValueError(
                 "a weight has a hook that runs once its gradient is accumulated, as of optimizers that step in the "
                 f"backward pass; solver={self.config.solver!r} and learning={self.config.learning!r} accumulate "
@@ -301,12 +324,11 @@ class PCModel(SavingMixin):
         assert random is not None
 
         def sweep() -> Tensor:
-            with nullcontext() if relaxation.at_rest else self._lowered():
+            with lowered((p.device for p in self._parameters), None if relaxation.at_rest else self._lower):
                 try:
                     energy = self._pass(forward, batch, labels)[1]
                 except RunsAgain:
                     freeze()
-                    relaxation.again()
                     energy = self._pass(forward, batch, labels)[1]
             freeze()
             if not relaxation.sites:
@@ -342,6 +364,11 @@ class PCModel(SavingMixin):
         Args:
             inputs: the batch that `relaxed` was given.
             forward: what to call instead of the model, such as its distributed wrapper.
+            mode: LEARN, or RELAX to measure alone.
+
+        Raises:
+            RuntimeError: it is called outside `relaxed`.
+            ValueError: no sweep has brought a signal to any node.
         """
         if self.relaxation is None or self._confirm is None:
             raise RuntimeError("learning_pass belongs inside `with pc.relaxed(inputs)`")
@@ -355,8 +382,6 @@ class PCModel(SavingMixin):
         learns = mode == LEARN and self.relaxation.phase.last and first.learns()
         assert self._random is not None
         reuses = self.relaxation.defers or learns
-        if self._keep_states and self.relaxation.phase.first:  # which is reported
-            self.relaxation.states = {}
         with first.reused(self._random, graph=learns) if reuses else nullcontext():
             self.relaxation.begin(mode)
             outputs, energy = self._pass(forward, batch, labels)
@@ -384,7 +409,11 @@ class PCModel(SavingMixin):
             )
 
     def free_energy_gradients(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        """One more relaxing sweep: dF/dx of every site at its present leaf, nats; belongs inside `relaxed`."""
+        """One more relaxing sweep: dF/dx of every site at its present leaf, nats, each shaped as the site's states.
+
+        Raises:
+            RuntimeError: it is called outside `relaxed`.
+        """
         if self.relaxation is None:
             raise RuntimeError("free_energy_gradients belongs inside `with pc.relaxed(inputs)`")
         batch, labels = self._split(inputs, self.relaxation.phase)
@@ -395,7 +424,11 @@ class PCModel(SavingMixin):
             return self.solver.gradients(self.relaxation, self._pass(self.model, batch, labels)[1])
 
     def backprop_loss(self, inputs: Mapping[str, Any]) -> Tensor:
-        """The loss of a plain forward pass, nats per label token: what backprop would descend."""
+        """The loss of a plain forward pass, nats per label token, a scalar: what backprop would descend.
+
+        Raises:
+            ValueError: there are no labels, or all are ignored.
+        """
         batch, labels = self._split(inputs, PLAIN)
         outputs = self.model(**batch)
         return self.output.total(outputs, labels).sum() / self.output.count(labels) + auxiliary_loss(
@@ -404,8 +437,7 @@ class PCModel(SavingMixin):
 
     def _split(self, inputs: Mapping[str, Any], phase: Phase) -> tuple[dict[str, Any], Tensor]:
         batch, labels = self.output.split(inputs)
-        if isinstance(self.output, ClassifierOutput):
-            self.output.tell(base_model(self.model).config, labels)
+        self.output.tell(getattr(base_model(self.model), "config", None), labels)
         if phase.own_labels:
             assert self._own_labels is not None
             labels = self._own_labels
@@ -424,34 +456,22 @@ class PCModel(SavingMixin):
         try:
             for parameter in trained:
                 parameter.requires_grad_(False)
+            self._freezes = not self._sharded
             yield
         finally:
+            self._freezes = False
             for parameter in trained:
                 parameter.requires_grad_(True)
-
-    @contextmanager
-    def _lowered(self) -> Iterator[None]:
-        with ExitStack() as inside:
-            if self._lower is not None:
-                for device in {p.device.type for p in self._parameters}:
-                    inside.enter_context(torch.autocast(device, self._lower))
-            yield
-
-    @contextmanager
-    def _dropout(self) -> Iterator[None]:
-        if self.config.dropout == "replay":
-            yield
-            return
-        if self.model.training and is_checkpointing(self.model):
-            raise ValueError(NO_CHECKPOINTING)
-        with evaluating(self.model, drop_nothing):
-            yield
 
     def relax(self, **inputs: Any) -> RelaxationOutput:
         """Relax to a batch and report where the states are; weights and gradients stay untouched.
 
         Args:
             inputs: what the model's forward takes, with labels ([batch, sequence], -100 ignored).
+
+        Raises:
+            ValueError: there are no labels, or all are ignored.
+            RuntimeError: this PCModel is detached, or relaxing a batch already.
         """
         return self._run(inputs, RELAX, None)
 
@@ -470,6 +490,11 @@ class PCModel(SavingMixin):
             weight_step: with `weight_update="every_sweep"`, what to do with the loss of each sweep but the last, nats
                 per label token: `backward()`, a step of the optimizer and `zero_grad()`.
             inputs: what the model's forward takes, with labels.
+
+        Raises:
+            ValueError: there are no labels, all are ignored, or num_items_in_batch is not above 0; of this model or
+                batch no step can be recorded, where `cuda_graph` asks for it.
+            RuntimeError: this PCModel is detached, or relaxing a batch already.
         """
         return self._run(inputs, LEARN, num_items_in_batch, weight_step)
 
@@ -482,12 +507,8 @@ class PCModel(SavingMixin):
             raise ValueError(f"num_items_in_batch={items!r} is not allowed: a number above 0 is needed")
         phases = self.phases if mode == LEARN else (PLAIN,)
         with torch.enable_grad():
-            self._keep_states = mode == RELAX or self._recorder is None
-            try:
-                step = partial(self._phases, mode, weight_step)
-                measured, report = self.take(step, inputs, items) if mode == LEARN else step(inputs, items)
-            finally:
-                self._keep_states = False
+            step = partial(self._phases, mode, weight_step)
+            measured, report = self.take(step, inputs, items) if mode == LEARN else step(inputs, items)
         sums: dict[str, Tensor] = {}
         for phase, found in zip(phases, measured, strict=True):
             batch = len(inputs["labels"])
@@ -511,27 +532,35 @@ class PCModel(SavingMixin):
         for phase in self.phases if mode == LEARN else (PLAIN,):
             weights = None if weight_step is None else step
             with self.relaxed(inputs, weights, phase, learns=mode == LEARN) as relaxation:
-                if mode == RELAX:
+                if phase.first and (mode == RELAX or self._recorder is None):  # which is reported
+                    relaxation.states = {}
+                if mode == LEARN:
+                    self._learn(relaxation, inputs, items)
+                    measured.append(self.measured(relaxation))
+                else:
                     with self._frozen():
                         energy, _ = self.learning_pass(inputs, mode=RELAX)
                         self.solver.gradients(relaxation, energy)
-                else:
-                    loss, outputs = self.learning_pass(inputs)
-                    tokens = relaxation.tokens.to(loss.device)  # blocks may be spread over devices
-                    divisor = tokens if items is None else torch.as_tensor(items, device=loss.device)
-                    share = phase.share * tokens / divisor
-                    loss = loss / divisor + share * auxiliary_loss(self.model, outputs)
-                    del outputs  # the logits need not be there while weights learn
-                    torch.autograd.backward(loss)
-                measured.append(self.measured(relaxation) if mode == LEARN else relaxation.measured())
+                    measured.append(relaxation.measured())
                 report = report or self._report(relaxation)
         return measured, report
+
+    def _learn(self, relaxation: Relaxation, inputs: Mapping[str, Any], items: Tensor | int | None) -> None:
+        """The last sweep of a phase: adds its part of every weight's gradient, nats per label token, to `.grad`."""
+        loss, outputs = self.learning_pass(inputs)
+        tokens = relaxation.tokens.to(loss.device)  # blocks may be spread over devices
+        divisor = tokens if items is None else torch.as_tensor(items, device=loss.device)
+        share = relaxation.phase.share * tokens / divisor
+        loss = loss / divisor + share * auxiliary_loss(self.model, outputs)
+        del outputs  # the logits need not be there while weights learn
+        torch.autograd.backward(loss)
 
     def _report(self, relaxation: Relaxation) -> dict[str, Any]:
         assert relaxation.feedforward_energy is not None
         kept = relaxation.states is not None
         return {
-            "feedforward_energy": self.share.sum(exact(relaxation.feedforward_energy).sum()) / relaxation.tokens,
+            "feedforward_energy": self.share.sum(exact(relaxation.feedforward_energy).sum())
+            / relaxation.tokens.to(relaxation.feedforward_energy.device),
             "states": relaxation.states or {},
             "errors": {site.label: site.error.detach().contiguous() for site in relaxation.sites if kept},
             "sequence_free_energy": relaxation.free_energy(),
@@ -542,12 +571,13 @@ class PCModel(SavingMixin):
         return self.note(relaxation.phase, self.measured(relaxation), relaxation.batch)
 
     def measured(self, relaxation: Relaxation) -> dict[str, Tensor]:
-        """What a learned phase has measured, left where that was: for `note`."""
+        """What a learned phase has measured, scalars on the devices that measured them; give it to `note`."""
         self.solver.close(relaxation)
         return relaxation.measured()
 
     def note(self, phase: Phase, measured: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
-        """The same of what a phase over as many sequences has measured."""
+        """Note what a learned phase over `batch` sequences measured, for `steer`; returned are the sums over all nodes
+        of all processes, float64 on the CPU."""
         sums = self.share.merge(on_cpu(measured))
         if phase.mirrored and phase.last:
             self.steering.count_rows(batch)

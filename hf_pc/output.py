@@ -54,6 +54,8 @@ class Output(ABC):
     chosen: bool = field(default=False, compare=False)
     #: whether exp(nats per label) is a perplexity
     has_perplexity: ClassVar[bool] = False
+    #: whether `convert` looks at the labels, which waits for a GPU
+    looks: ClassVar[bool] = False
 
     @classmethod
     def of(cls, model: nn.Module, name: str = "auto") -> Output:
@@ -149,11 +151,14 @@ class Output(ABC):
     def draw(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Labels drawn from the distribution that the logits are of; -100 where `labels` are."""
         labels = labels.to(logits.device)
-        return torch.where(labels.ne(IGNORED), self.sample(_scores(logits)).view(labels.shape), labels)
+        return torch.where(labels.ne(IGNORED), self.sample(_scores(logits), labels).view(labels.shape), labels)
 
     @abstractmethod
-    def sample(self, scores: Tensor) -> Tensor:
-        """One draw from the distribution of the scores."""
+    def sample(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """For each of the labels one draw from the distribution of the scores, [batch, ..., classes or features]."""
+
+    def tell(self, config: Any, labels: Tensor) -> None:
+        """Write into a model's configuration what kind its labels are, where its own loss would."""
 
 
 OUTPUTS: Registry[type[Output]] = Registry("output")
@@ -189,12 +194,14 @@ class CategoricalOutput(Output):
         nats = F.cross_entropy(_scores(logits).flatten(0, -2), flat, ignore_index=IGNORED, reduction="none")
         return nats.view(len(logits), -1).sum(1)
 
-    def sample(self, scores: Tensor) -> Tensor:
+    def sample(self, scores: Tensor, labels: Tensor) -> Tensor:
         return scores.softmax(-1).nan_to_num(1.0).flatten(0, -2).multinomial(1)  # a guard reports what is not finite
 
 
 class _DenseOutput(Output):
     """One number per feature: labels have the shape of the logits, and each of them counts as one."""
+
+    looks = True
 
     def convert(self, labels: Tensor) -> Tensor:
         if self.chosen and bool(labels.eq(IGNORED).any()):
@@ -235,7 +242,7 @@ class GaussianOutput(_DenseOutput):
     def nats(self, scores: Tensor, labels: Tensor) -> Tensor:
         return 0.5 * (scores - labels).square()
 
-    def sample(self, scores: Tensor) -> Tensor:
+    def sample(self, scores: Tensor, labels: Tensor) -> Tensor:
         return scores + torch.randn_like(scores)
 
 
@@ -253,11 +260,11 @@ class BernoulliOutput(_DenseOutput):
     def nats(self, scores: Tensor, labels: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(scores, labels, reduction="none")
 
-    def sample(self, scores: Tensor) -> Tensor:
+    def sample(self, scores: Tensor, labels: Tensor) -> Tensor:
         return scores.sigmoid().bernoulli()
 
 
-class ClassifierOutput(CategoricalOutput):
+class ClassifierOutput(Output):
     """Of a classifier whose configuration names no `problem_type`, and whose own loss asks the labels for it.
 
     Class indices are one of several classes; floating-point labels are several yes or no, a Bernoulli output.
@@ -268,9 +275,8 @@ class ClassifierOutput(CategoricalOutput):
         """The output that labels of this dtype are of."""
         return SEVERAL_LABELS if labels.is_floating_point() else ONE_CLASS
 
-    @staticmethod
-    def tell(config: Any, labels: Tensor) -> None:
-        """Write into a model's configuration what kind its labels are, as transformers does: pipelines go by it."""
+    def tell(self, config: Any, labels: Tensor) -> None:
+        """As transformers does: pipelines go by it."""
         if getattr(config, "problem_type", None) is None:
             config.problem_type = f"{'multi' if labels.is_floating_point() else 'single'}_label_classification"
 
@@ -288,8 +294,8 @@ class ClassifierOutput(CategoricalOutput):
     def energy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return self.of_labels(labels).energy(logits, labels)
 
-    def draw(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return self.of_labels(labels).draw(logits, labels)
+    def sample(self, scores: Tensor, labels: Tensor) -> Tensor:
+        return self.of_labels(labels).sample(scores, labels)
 
 
 ONE_CLASS, SEVERAL_LABELS = CategoricalOutput(chosen=True), BernoulliOutput(chosen=True)

@@ -1,17 +1,19 @@
-"""Which steps of a PCModel are told kernel by kernel, and which are played from recordings (`hf_pc.cuda_graph`)."""
+"""Which steps of a PCModel run normally, and which are replays of recordings (`hf_pc.cuda_graph`)."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_pc.architecture import base_model, is_checkpointing
-from hf_pc.cuda_graph import CudaGraph, Learned, Record, Recording, Step
+from hf_pc.cuda_graph import CudaGraph, Gradients, Learned, Place, Record, Recording, Step
 from hf_pc.energies import Energy
 from hf_pc.node import Site, Strength
 from hf_pc.processes import is_sharded, process_count
@@ -20,6 +22,7 @@ from hf_pc.rng import RandomState
 if TYPE_CHECKING:
     from hf_pc.model import PCModel
 
+logger = logging.getLogger(__name__)
 #: steps of a form before it is recorded
 WARM = 2
 #: forms that are recorded; batches of others are learned without
@@ -33,29 +36,29 @@ class Form:
 
     Attributes:
         seen: how many were learned without a recording.
-        sites: those that fired in them.
+        sites: node and label of those that fired in them.
         logits: of them, without numbers.
         plain, careful: the recordings (see `Buffers`).
-        stood: whether all last passes of the latest step stood; while they do not, the careful one is played.
+        accepted: whether all last passes of the latest step were; while they are not, the careful one is replayed.
     """
 
     seen: int = 0
-    sites: Sequence[Site] = ()
+    sites: Sequence[Place] = ()
     logits: Tensor | None = None
     plain: Recording | None = None
     careful: Recording | None = None
-    stood: bool = True
+    accepted: bool = True
 
     def known(self, strength: Strength) -> bool:
         """Whether every site has a precision that is one number, as none has before the first activities are known."""
-        return all(strength.number(site.node, site.label) is not None for site in self.sites)
+        return all(strength.number(node, label) is not None for node, label in self.sites)
 
 
 class Recorder:
     """Takes the steps of a PCModel, from recordings where it has them.
 
     Args:
-        record: makes what is played of what is run.
+        record: makes what is replayed of what is run.
         kind: of device, on which it can.
     """
 
@@ -63,62 +66,76 @@ class Recorder:
         self.record = record
         self.kind = kind
         self._forms: dict[Any, Form] = {}
-        self._weights: Any = None
-        self._met: tuple[Sequence[Site], Tensor] | None = None
+        self._tensors: Any = None
+        self._gradients = Gradients()
+        self._warned = False
+        self._met: tuple[Sequence[Place], Tensor] | None = None
 
     def note(self, sites: Sequence[Site], logits: Tensor) -> None:
         """Note what the first phase of a step met."""
-        self._met = sites, logits.detach().to("meta")
+        self._met = [(site.node, site.label) for site in sites], logits.detach().to("meta")
 
-    def step(self, pc: PCModel, step: Step, inputs: Mapping[str, Any], mean: Tensor | int | None) -> Learned:
+    def step(self, pc: PCModel, step: Step, inputs: Mapping[str, Any], given: Tensor | int | None) -> Learned:
         """A step, see `Recording`; what it returns is there until the next one.
 
         Raises:
             ValueError: of this model or this batch no step can be recorded, or the model draws random numbers.
             RuntimeError: the model's own code asks for numbers of the GPU, so that it cannot be recorded.
         """
-        check_batch(inputs)
-        inputs = without_mask(pc.model, inputs)
-        items = None if mean is None else torch.as_tensor(mean, device=next(pc.model.parameters()).device)
+        _check_batch(pc, inputs)
+        whole, inputs = inputs, _without_mask(pc.model, inputs)
+        items = None if given is None else torch.as_tensor(given, device=next(pc.model.parameters()).device)
         form = self._form(pc, inputs, items)
         if form is None or form.seen < WARM or not form.known(pc.strength()):
-            return self._unrecorded(pc, step, inputs, items, form)
+            return self._unrecorded(pc, step, whole, items, form)
         assert form.logits is not None
         pc.output.check(form.logits, pc.output.split(inputs)[1])
-        given = (pc, step, inputs, items, form.sites)
-        form.plain = form.plain or self._recording(*given, careful=False)
-        played = form.careful if form.careful is not None and not form.stood else form.plain
-        form.stood = played.play(inputs, items)
-        if not form.stood and played is form.plain:
-            form.careful = form.careful or self._recording(*given, careful=True)
-            played = form.careful
-            played.play(inputs, items)
-        return played.learned()
+        record = partial(self._recording, pc, step, inputs, items, form.sites)
+        form.plain = form.plain or record(careful=False)
+        recording = form.careful if form.careful is not None and not form.accepted else form.plain
+        before = [buffer.clone() for buffer in recording.written]
+        form.accepted = recording.replay(pc, inputs, items)
+        if not form.accepted and recording is form.plain:
+            for buffer, value in zip(recording.written, before, strict=True):
+                buffer.copy_(value)
+            recording = form.careful = form.careful or record(careful=True)
+            recording.replay(pc, inputs, items)
+        return recording.learned()
 
     def _form(self, pc: PCModel, inputs: Mapping[str, Any], items: Tensor | None) -> Form | None:
         """That of a batch; None if there are too many."""
-        weights = tuple((id(p), p.data_ptr(), p.requires_grad) for p in pc.model.parameters())
-        if weights != self._weights:  # moved, frozen, or others: what was recorded is of no use
-            self._weights = weights
+        tensors = _tensors_of(pc.model)
+        if tensors != self._tensors:  # moved, frozen, or others: what was recorded is of no use
+            self._tensors, self._gradients = tensors, Gradients()
             self._forms.clear()
         form = (
-            pc.model.training, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"),
+            torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"),
             None if items is None else items.dtype,
             *((name, v.shape, v.dtype) if isinstance(v, Tensor) else (name, v) for name, v in sorted(inputs.items())),
         )  # fmt: skip
         if form not in self._forms and len(self._forms) == MOST_FORMS:
+            self._warn_of_forms()
             return None
         return self._forms.setdefault(form, Form())
+
+    def _warn_of_forms(self) -> None:
+        """Once."""
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s: batches of more than %d forms have come, and those of further ones run normally; pad to one "
+                "length, or to a few", WHAT, MOST_FORMS,
+            )  # fmt: skip
 
     def _unrecorded(
         self, pc: PCModel, step: Step, inputs: Mapping[str, Any], items: Tensor | None, form: Form | None
     ) -> Learned:
-        check_model(pc, inputs, self.kind)
+        _check_model(pc, inputs, self.kind)
         before = RandomState({p.device for p in pc.model.parameters()}, numpy=True)
         learned = step(inputs, items)
         if not before.holds():
             raise ValueError(
-                f"PCConfig.cuda_graph=True is not allowed for a {type(base_model(pc.model)).__name__} that draws "
+                f"{WHAT} is not allowed for a {type(base_model(pc.model)).__name__} that draws "
                 "random numbers, as every step would see the same: use PCConfig.dropout='off', or set the "
                 "probabilities of dropout to 0"
             )
@@ -128,32 +145,49 @@ class Recorder:
         return learned
 
     def _recording(
-        self, pc: PCModel, step: Step, inputs: Mapping[str, Any], items: Tensor | None, sites: Sequence[Site], *,
+        self, pc: PCModel, step: Step, inputs: Mapping[str, Any], items: Tensor | None, sites: Sequence[Place], *,
         careful: bool,
     ) -> Recording:  # fmt: skip
+        logger.info("a step over batches of %d sequences is recorded as a CUDA graph", len(inputs["labels"]))
         try:
-            return Recording(pc, step, inputs, items, sites, careful=careful, record=self.record)
+            return Recording(
+                pc, step, inputs, items, sites, gradients=self._gradients, careful=careful, record=self.record
+            )
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            cause = error.__context__ or error
             raise RuntimeError(
-                f"the step of this {type(base_model(pc.model)).__name__} cannot be recorded as a CUDA graph: its code "
-                f"asks for numbers of the GPU, or waits for it; use PCConfig.cuda_graph=False ({error})"
+                f"the step of this {type(base_model(pc.model)).__name__} cannot be recorded as a CUDA graph: {cause}. "
+                "Where its code asks for numbers of the GPU, or waits for it, use PCConfig.cuda_graph=False in a new "
+                "process"
             ) from error
 
 
-def check_batch(inputs: Mapping[str, Any]) -> None:
+def _tensors_of(model: nn.Module) -> list[tuple[Any, ...]]:
+    """What a recording of a step goes by: where all tensors of the modules are, and what mode those are in."""
+    found: list[tuple[Any, ...]] = []
+    for module in model.modules():
+        own = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+        found.append((module.training, *(
+            (id(part), part.data_ptr(), part.requires_grad) for part in own if isinstance(part, Tensor)
+        )))  # fmt: skip
+    return found
+
+
+def _check_batch(pc: PCModel, inputs: Mapping[str, Any]) -> None:
     """Raise ValueError where of this batch no step can be recorded."""
     for name, value in inputs.items():
         if not isinstance(value, (Tensor, bool, int, float, str, type(None))):
             found = type(value).__name__
             raise ValueError(f"{WHAT} needs inputs that are tensors or plain values; {name!r} is a {found}")
     labels = inputs.get("labels")
-    if isinstance(labels, Tensor) and labels.is_floating_point():
-        raise ValueError(f"{WHAT} needs labels that are class indices, not {labels.dtype}")
+    if isinstance(labels, Tensor) and (pc.output.looks or labels.is_floating_point()):
+        kind = type(pc.output).__name__
+        raise ValueError(f"{WHAT} needs labels that are class indices; these are {labels.dtype}, of a {kind}")
 
 
-def check_model(pc: PCModel, inputs: Mapping[str, Any], kind: str) -> None:
+def _check_model(pc: PCModel, inputs: Mapping[str, Any], kind: str) -> None:
     """Raise ValueError where of this model no step can be recorded."""
     devices = {p.device for p in pc.model.parameters()}
     devices |= {value.device for value in inputs.values() if isinstance(value, Tensor)}
@@ -171,7 +205,7 @@ def check_model(pc: PCModel, inputs: Mapping[str, Any], kind: str) -> None:
         )
 
 
-def without_mask(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+def _without_mask(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """A batch without an attention mask that hides nothing: transformers would ask it in every pass."""
     mask = inputs.get("attention_mask")
     known = inspect.signature(base_model(model).forward).parameters.get("attention_mask")

@@ -32,6 +32,9 @@ SPLITS = {
 #: of the settings of activation checkpointing those that say where, not how; alone they mean non-reentrant
 TRAINERS_OWN = ("every_n_layers", "offload")
 
+#: optimizers of transformers that step in the backward pass
+IN_BACKWARD = ("layerwise", "lomo")
+
 
 def refuse(args: TrainingArguments, config: PCConfig, model: nn.Module | None) -> None:
     """Raise ValueError, naming the setting, on arguments that predictive coding cannot follow."""
@@ -140,12 +143,15 @@ def _refuse_compilation(args: TrainingArguments) -> None:
 
 def _refuse_recording(args: TrainingArguments, checkpoints: bool) -> None:
     """What a step that is recorded as a CUDA graph cannot be."""
+    optim = str(getattr(args.optim, "value", args.optim))
     reasons = {
         f"{args.world_size} processes, which exchange gradients inside a step": args.world_size > 1,
         f"the device {str(args.device)!r}, which has no CUDA graphs": args.device.type != "cuda",
         "fp16, whose losses are scaled by what the steps before gave: use bf16": _mixed_precision(args) == "fp16",
         "activation checkpointing, which reads the state of the generators": checkpoints,
         f"neftune_noise_alpha={args.neftune_noise_alpha}, as noise is drawn": bool(args.neftune_noise_alpha),
+        f"optim={optim!r}, which steps inside what is recorded": any(kind in optim for kind in IN_BACKWARD),
+        f"torch_empty_cache_steps={args.torch_empty_cache_steps}": args.torch_empty_cache_steps is not None,
     }
     for reason, holds in reasons.items():
         if holds:

@@ -153,15 +153,15 @@ class Relaxation:
         return energy if self.signs is None else energy * self.signs.to(energy)
 
     def begin(self, mode: str, *, measures: bool = True) -> None:
-        """Start a pass in RELAX or LEARN mode, which measures g and dF/dx; at rest any pass does."""
+        """Begin a sweep in RELAX or LEARN mode, which measures g and dF/dx; at rest any does. Its pass may be run
+        again."""
         self.mode = mode
         self.scale = 1.0
         self.sweeps += 1
         self.measures = measures or self.at_rest
-        self.again()
 
-    def again(self) -> None:
-        """Start the same pass anew."""
+    def begin_pass(self) -> None:
+        """Forget what an unfinished or refused run of this pass has left at the sites."""
         self._visits = {}
         self._held = {}
         for site in self.sites:
@@ -173,7 +173,7 @@ class Relaxation:
             self._present = mask.ne(0)
 
     def _present_at(self, site: Site) -> Tensor | None:
-        """The same, broadcast against the states of a site; None where there is no padding among them."""
+        """Where a site's states are no padding, bool, broadcast against them; None: everywhere."""
         mask, shape = self._present, site.shape
         if mask is not None and len(shape) == 3 and shape[:2] == mask.shape:
             return mask[:, :, None].to(site.error.device)
@@ -234,17 +234,7 @@ class Relaxation:
         sites = self._of_node.setdefault(node.name, [])
         visit = self._visits[node.name] = self._visits.get(node.name, -1) + 1
         if self.feedforward_energy is None and visit == len(sites):
-            if mu.numel() == 0 or len(mu) % self.batch:
-                raise ValueError(
-                    f"node {node.name!r} has an output of shape {tuple(mu.shape)}, whose first dimension is no "
-                    f"multiple of the batch size {self.batch}: only modules that keep sequences apart can be nodes"
-                )
-            if len(mu) != self.batch and mu.dim() == 3 and mu.shape[1] == self.batch and _may_be_time_first(node):
-                raise ValueError(
-                    f"node {node.name!r} has an output of shape {tuple(mu.shape)} in a batch of {self.batch}, and "
-                    "holds attention without batch_first: say whether its states are [sequence, batch, features], "
-                    f"by an attribute time_first of the module ({type(node.module).__name__}), True or False"
-                )
+            _check_keeps_sequences_apart(node, mu, self.batch)
             label = f"{node.name}-{visit}" if visit else node.name
             sites.append(Site(node, label, mu, self._strength, self.batch))
             self.sites.append(sites[-1])
@@ -320,16 +310,13 @@ class Relaxation:
 
     def free_energy(self) -> Tensor:
         """F of each sequence at the last pass, nats, [batch], in `sum_dtype`."""
-        return self._free_energy(signed=True)
+        assert self.output_energy is not None
+        return self._with_sites(self.signed(self.output_energy), "energy")
 
     def rest_energy(self) -> Tensor:
         """F of each sequence where every error is zero, nats, [batch], in `sum_dtype`."""
         assert self.feedforward_energy is not None
         return self._with_sites(self.signed(self.feedforward_energy), "rest_energy")
-
-    def _free_energy(self, *, signed: bool) -> Tensor:
-        assert self.output_energy is not None
-        return self._with_sites(self.signed(self.output_energy) if signed else self.output_energy, "energy")
 
     def _with_sites(self, values: Tensor, name: str) -> Tensor:
         """Values of each sequence, [batch], and what all sites measured under this name, wherever they are."""
@@ -369,10 +356,10 @@ class Relaxation:
         return self.share.merge(on_cpu(self.measured()))
 
     def measured(self) -> dict[str, Tensor]:
-        """The same of the nodes here, left where it was measured."""
+        """What `sums` adds up, of the nodes here: scalars on the devices that measured them. Raises as `residual`."""
         assert self.output_energy is not None
         gradient, signal = self._squares()
-        free_energy = self._free_energy(signed=False)
+        free_energy = self._with_sites(self.output_energy, "energy")
         sums = {
             "tokens": self.tokens,
             "sequences": (signal > 0).sum(),
@@ -405,6 +392,22 @@ class Relaxation:
 
 def _together(values: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack([value.to(device) for value in values])
+
+
+def _check_keeps_sequences_apart(node: Node, mu: Tensor, batch: int) -> None:
+    """Raise ValueError if what a module computes is not [n * batch, ...], or may be [sequence, batch, features]."""
+    shape = tuple(mu.shape)
+    if mu.numel() == 0 or len(mu) % batch:
+        raise ValueError(
+            f"node {node.name!r} has an output of shape {shape}, whose first dimension is no multiple of the batch "
+            f"size {batch}: only modules that keep sequences apart can be nodes"
+        )
+    if len(mu) != batch and mu.dim() == 3 and mu.shape[1] == batch and _may_be_time_first(node):
+        raise ValueError(
+            f"node {node.name!r} has an output of shape {shape} in a batch of {batch}, and holds attention without "
+            "batch_first: say whether its states are [sequence, batch, features], by an attribute time_first of the "
+            f"module ({type(node.module).__name__}), True or False"
+        )
 
 
 def _may_be_time_first(node: Node) -> bool:

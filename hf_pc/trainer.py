@@ -117,6 +117,13 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
                 check_learnable(model)
         if args is not None:
             refuse(args, self.pc_config, model)
+        order = type(self).__mro__
+        for cls in order[order.index(TokenLossMixin) + 1 : order.index(Trainer)] if self.pc_config.cuda_graph else ():
+            if "training_step" in vars(cls):
+                logger.warning(
+                    "%s.training_step runs only while a step is recorded with PCConfig.cuda_graph=True: what it "
+                    "counts or logs is left out of the others", cls.__name__,
+                )  # fmt: skip
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`. Raises NonFiniteEnergyError where a non-finite free energy persisted, but in a search of

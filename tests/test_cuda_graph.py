@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,26 @@ from typing import Any
 import pytest
 import torch
 from recorded import Replay
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from test_batch_state import resnet
+from test_invariants import gradients, worst
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from hf_pc import PCConfig, PCModel, PCTrainer, PCTrainingArguments
 from hf_pc.recorder import WARM, Recorder
 
 SIZES = {"vocab_size": 13, "n_positions": 8, "n_embd": 16, "n_layer": 3, "n_head": 2}
+BART: dict[str, Any] = {
+    "vocab_size": 13, "d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 2,
+    "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 16,
+    "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "decoder_start_token_id": 2, "forced_eos_token_id": 2,
+}  # fmt: skip
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
@@ -45,8 +60,8 @@ def recording(model: torch.nn.Module, **settings: Any) -> PCModel:
 def trained(pc: PCModel, data: list[dict[str, torch.Tensor]], rate: float = 0.1) -> list[Any]:
     """Reports of SGD steps, with the gradients of each."""
     found = []
-    for batch in data:
-        report = pc.accumulate_grad(**batch)
+    for given in data:
+        report = pc.accumulate_grad(**given)
         pc.steer()
         gradients = [None if p.grad is None else p.grad.clone() for p in pc.model.parameters()]
         found.append((report, gradients))
@@ -79,8 +94,8 @@ def test_recorded_steps_are_the_steps(settings: dict[str, Any]) -> None:
     found = trained(pc, data)
     assert pc._recorder is not None
     assert [form.plain is not None for form in pc._recorder._forms.values()] == [True]
-    for (report, gradients), (wanted, others) in zip(found, expected, strict=True):
-        for one, other in zip(gradients, others, strict=True):
+    for (report, mine), (wanted, others) in zip(found, expected, strict=True):
+        for one, other in zip(mine, others, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
         for name in ("free_energy", "feedforward_energy", "residual", "relaxed_fraction", "signal_bias"):
             assert getattr(report, name) == pytest.approx(getattr(wanted, name), rel=1e-3, abs=1e-6, nan_ok=True), name
@@ -99,9 +114,9 @@ def test_a_last_pass_that_does_not_stand_is_run_again() -> None:
     found = trained(pc, data)
     assert pc._recorder is not None
     assert [form.careful is not None for form in pc._recorder._forms.values()] == [True]
-    for (report, gradients), (wanted, others) in zip(found, expected, strict=True):
+    for (report, mine), (wanted, others) in zip(found, expected, strict=True):
         assert report.refused == wanted.refused > 0
-        for one, other in zip(gradients, others, strict=True):
+        for one, other in zip(mine, others, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
@@ -111,8 +126,8 @@ def test_gradients_add_up_and_are_the_weights_own() -> None:
     model, plain = gpt2(), gpt2()
     pc, other = recording(model, sweeps=3, relative_std=0.5), PCModel(plain, PCConfig(sweeps=3, relative_std=0.5))
     for one in (pc, other):
-        for batch in data[:WARM]:
-            one.accumulate_grad(**batch)
+        for given in data[:WARM]:
+            one.accumulate_grad(**given)
             one.steer()
         one.model.zero_grad()
         one.accumulate_grad(**data[-2], num_items_in_batch=50)
@@ -137,24 +152,92 @@ def test_padding_of_other_batches_is_masked(kind: str, padded: bool) -> None:
     )  # fmt: skip
     settings: dict[str, Any] = {"sweeps": 3, "relative_std": 0.5}
     found = []
-    for make in (PCModel, recording):
+    for recorded in (False, True):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).train() if kind == "llama" else gpt2()
-        pc = PCModel(model, PCConfig(**settings)) if make is PCModel else recording(model, **settings)
+        pc = recording(model, **settings) if recorded else PCModel(model, PCConfig(**settings))
         data = batches(WARM + 2)
-        for i, batch in enumerate(data):
+        for i, given in enumerate(data):
             mask = torch.ones(3, 8, dtype=torch.long)
             if padded:
                 mask[0, 8 - 1 - i :] = 0
-            labels = torch.where(mask == 0, -100, batch["labels"])
+            labels = torch.where(mask == 0, -100, given["labels"])
             pc.model.zero_grad()
-            report = pc.accumulate_grad(input_ids=batch["input_ids"], labels=labels, attention_mask=mask)
+            report = pc.accumulate_grad(input_ids=given["input_ids"], labels=labels, attention_mask=mask)
             pc.steer()
         found.append((report.free_energy, [p.grad for p in pc.model.parameters()]))
     (one, gradients), (other, others) = found
     assert one == pytest.approx(other, rel=1e-4)
     for first, second in zip(gradients, others, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-6)
+
+
+def test_masks_that_a_model_makes_itself_are_recorded() -> None:
+    """BART makes one of ones for its decoder where none is given; the batch's own, of ones too, is left out."""
+    found = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        model = BartForConditionalGeneration(BartConfig(**BART)).train()
+        settings: dict[str, Any] = {"sweeps": 3, "relative_std": 0.5, "dropout": "off"}
+        pc = recording(model, **settings) if recorded else PCModel(model, PCConfig(**settings))
+        inputs = batches(1)[0]
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        for _ in range(WARM + 2):
+            model.zero_grad()
+            pc.accumulate_grad(**inputs)
+            pc.steer()
+        found.append(gradients(model))
+    assert worst(found[1], found[0]) < 1e-4
+
+
+def test_running_statistics_count_a_batch_once() -> None:
+    """Also where a last pass is not accepted, and another recording takes the step."""
+    inputs: dict[str, Any] = {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 1, 2, 0])}
+    plain, model = resnet(), resnet()
+    pc = recording(model, sweeps=2, relative_std=60.0, anderson_depth=0)
+    refused = 0.0
+    for _ in range(WARM + 2):
+        plain(pixel_values=inputs["pixel_values"])
+        refused = pc.accumulate_grad(**inputs).refused
+        pc.steer()
+    assert refused > 0
+    for (name, one), other in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+
+
+def test_forms_share_one_autocast() -> None:
+    """What autocast keeps of the weights is no part of a recording, nor is it kept for the next."""
+    found = []
+    long, short = batches(WARM + 3), batches(WARM + 3, rows=2, length=5)
+    for recorded in (False, True):
+        settings: dict[str, Any] = {"sweeps": 3, "relative_std": 0.5}
+        pc = recording(gpt2(), **settings) if recorded else PCModel(gpt2(), PCConfig(**settings))
+        gradient = []
+        for pair in zip(long, short, strict=True):
+            with torch.autocast("cpu", torch.bfloat16):
+                for part in pair:
+                    pc.accumulate_grad(**part)
+            pc.steer()
+            gradient = [p.grad.clone() for p in pc.model.parameters() if p.grad is not None]
+            with torch.no_grad():
+                for p in pc.model.parameters():
+                    p -= 0.1 * p.grad
+                    p.grad = None
+        found.append(torch.cat([g.flatten() for g in gradient]))
+    assert float((found[1] - found[0]).norm()) < 1e-3 * float(found[0].norm())
+
+
+def test_a_recorded_model_is_given_up_at_once() -> None:
+    """No cycle keeps nodes, and the memory of recordings, until garbage is collected."""
+    model = gpt2()
+    pc = recording(model, sweeps=2, relative_std=0.5)
+    trained(pc, batches(WARM + 1))
+    gc.disable()
+    try:
+        del pc
+        PCModel(model, PCConfig())
+    finally:
+        gc.enable()
 
 
 def test_forms_and_weights_have_recordings_of_their_own() -> None:
@@ -168,20 +251,24 @@ def test_forms_and_weights_have_recordings_of_their_own() -> None:
     trained(pc, data[:1])
     assert [form.plain is not None for form in pc._recorder._forms.values()] == [False]
     assert pc.model.transformer.wte.weight.grad is None
+    trained(pc, data[: WARM + 1])
+    pc.model.transformer.kept = torch.zeros(2)  # as tables of positions that grow with the sequences
+    trained(pc, data[:1])
+    assert [form.plain is not None for form in pc._recorder._forms.values()] == [False]
 
 
 def test_forms_may_take_turns() -> None:
     """What is known of one form, such as the shape of its logits, is not taken for another's."""
     settings: dict[str, Any] = {"sweeps": 3, "relative_std": 0.5}
     long, short = batches(WARM + 3), batches(WARM + 3, rows=2, length=5)
-    data = [batch for pair in zip(long, short, strict=True) for batch in pair]
+    data = [given for pair in zip(long, short, strict=True) for given in pair]
     pc = recording(gpt2(), **settings)
     found, expected = trained(pc, data), trained(PCModel(gpt2(), PCConfig(**settings)), data)
     assert pc._recorder is not None
     assert [form.plain is not None for form in pc._recorder._forms.values()] == [True, True]
-    for (report, gradients), (wanted, others) in zip(found, expected, strict=True):
+    for (report, mine), (wanted, others) in zip(found, expected, strict=True):
         assert report.free_energy == pytest.approx(wanted.free_energy, rel=1e-4)
-        for one, other in zip(gradients, others, strict=True):
+        for one, other in zip(mine, others, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     pc.detach()
     assert pc._recorder is None
@@ -199,16 +286,16 @@ def test_labels_out_of_range_are_named_before_a_step_is_played() -> None:
 
 def test_what_cannot_be_recorded_is_named() -> None:
     """Dropout, inputs that are no tensors, code that asks for numbers; afterwards the model is as it was."""
-    batch = batches(1)[0]
+    given = batches(1)[0]
     with pytest.raises(ValueError, match=r"draws random numbers.*dropout='off'"):
-        recording(gpt2(resid_pdrop=0.1), sweeps=2, relative_std=0.5).accumulate_grad(**batch)
+        recording(gpt2(resid_pdrop=0.1), sweeps=2, relative_std=0.5).accumulate_grad(**given)
     trained(recording(gpt2(resid_pdrop=0.1), sweeps=2, relative_std=0.5, dropout="off"), batches(WARM + 1))
     with pytest.raises(ValueError, match="'past_key_values' is a list"):
-        recording(gpt2(), sweeps=2, relative_std=0.5).accumulate_grad(**batch, past_key_values=[])
+        recording(gpt2(), sweeps=2, relative_std=0.5).accumulate_grad(**given, past_key_values=[])
     with pytest.raises(ValueError, match="on one CUDA device, not on cpu"):
-        PCModel(gpt2(), PCConfig(cuda_graph=True)).accumulate_grad(**batch)
+        PCModel(gpt2(), PCConfig(cuda_graph=True)).accumulate_grad(**given)
     with pytest.raises(ValueError, match=r"energy that learns by itself, as that of node 'transformer\.h\.0'"):
-        recording(gpt2(), sweeps=2, relative_std=0.5, energy="learned_variance").accumulate_grad(**batch)
+        recording(gpt2(), sweeps=2, relative_std=0.5, energy="learned_variance").accumulate_grad(**given)
 
     class Asks(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -219,7 +306,7 @@ def test_what_cannot_be_recorded_is_named() -> None:
     pc = recording(model, sweeps=2, relative_std=0.5)
     trained(pc, batches(WARM))
     with pytest.raises(RuntimeError, match=r"cannot be recorded as a CUDA graph.*use PCConfig\.cuda_graph=False"):
-        pc.accumulate_grad(**batch)
+        pc.accumulate_grad(**given)
     assert pc.relaxation is None
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
@@ -252,12 +339,10 @@ def test_a_trainer_records_its_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: 
             learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
         )  # fmt: skip
         settings: dict[str, Any] = {"learning": "balanced", "sweeps": 4, "relaxed_fraction": 0.2}
+        before = Replay.count
         trainer = PCTrainer(gpt2(), args, train_dataset=rows, pc_config=PCConfig(**settings, cuda_graph=recorded))
         trainer.train()
-        if recorded:
-            assert trainer.pc is not None
-            assert trainer.pc._recorder is not None
-            assert any(form.plain is not None for form in trainer.pc._recorder._forms.values())
+        assert (Replay.count > before) == recorded
         runs.append((trainer.state.log_history, list(trainer.model.parameters())))
     (logs, weights), (others, same) = runs
     for log, other in zip(logs[:-1], others[:-1], strict=True):

@@ -133,13 +133,13 @@ def recorded(model: Any, run: Callable[[], Any]) -> Callable[[], dict[str, float
     found = [(p, p.grad) for p in model.parameters() if p.grad is not None]
     model.zero_grad()
 
-    def play() -> dict[str, float]:
-        graph.play()
+    def step() -> dict[str, float]:
+        graph.replay()
         for p, gradient in found:
             p.grad = gradient.clone()
         return {}
 
-    return play
+    return step
 
 
 def stepper(

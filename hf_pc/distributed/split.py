@@ -17,7 +17,6 @@ plane above its last, whose slope is the signal from above.
 from __future__ import annotations
 
 import itertools
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -27,12 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_pc.architecture import base_model, evaluating, layer_drop, routes
-from hf_pc.attachment import check_free
+from hf_pc.architecture import evaluating, routes
 from hf_pc.config import PCConfig
-from hf_pc.distributed.chain import trace
 from hf_pc.distributed.neighbours import Neighbours, Receipt, Timeline
-from hf_pc.distributed.partition import balanced, check_counts
+from hf_pc.distributed.plan import fingerprint, planned
 from hf_pc.distributed.stage import Stage
 from hf_pc.distributed.weights import Shared, clip_grad_norm, whole_state
 from hf_pc.dtypes import wide
@@ -41,13 +38,11 @@ from hf_pc.hub import push
 from hf_pc.model import PCModel
 from hf_pc.node import LEARN, Boundary, Node
 from hf_pc.output import IGNORED
-from hf_pc.placement import blocks, resolve, time_first
-from hf_pc.processes import at_once, by_all, gathered, process_count, same_everywhere
+from hf_pc.placement import blocks
+from hf_pc.processes import by_all, gathered, same_everywhere
 from hf_pc.report import RelaxationOutput
 from hf_pc.reuse import FirstPrediction
 from hf_pc.rng import RandomState, own_stream
-from hf_pc.solvers import SOLVERS
-from hf_pc.solvers.state import StateSolver
 
 
 class SplitPCModel(PCModel):
@@ -78,40 +73,17 @@ class SplitPCModel(PCModel):
         example: Mapping[str, Any] | None = None,
     ) -> None:
         config = PCConfig(solver="state") if config is None else PCConfig.of(config)
-        _check_group()
-        at_once(_out_of_reach(model))
-        same_everywhere({f"PCConfig.{name}": value for name, value in config.to_dict().items()} | {"split": split})
-        same_everywhere(_signature(model))
-        found = blocks(model)
-        counts: list[int] = []
-        failure = None
-        try:
-            _check_config(config)
-            check_free(model)  # all that might refuse it later, when weights have been given up
-            resolve(model, config)
-            if drop := layer_drop(model):
-                raise ValueError(f"{drop} cannot be split: processes would leave out different blocks; set it to 0")
-            if first := next((name for name in found if time_first(model, name)), None):
-                raise ValueError(
-                    f"{type(base_model(model)).__name__} cannot be split: the states of its block {first!r} are "
-                    "[sequence, batch, features]"
-                )
-            chain = trace(model, _example(model, example))
-            counts = check_counts(split, len(found), process_count()) if split else balanced(model, chain)
-        except ValueError as error:
-            failure = str(error)
-        at_once(failure)
-        device = next(next(iter(found.values())).parameters()).device
-        self.neighbours = Neighbours(device)
-        self.split = counts
+        chain, self.split = planned(model, config, split, example)
+        self.neighbours = Neighbours(next(next(iter(blocks(model).values())).parameters()).device)
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.stage = Stage(model, chain, counts, self.neighbours.index, self.neighbours.timeline)
+        self.stage = Stage(model, chain, self.split, self.neighbours.index, self.neighbours.timeline)
         self.shared = Shared(self.stage, trained)
         super().__init__(model, config)
         self.share = self.neighbours
         if not self.stage.first:
             self._first_prediction = FirstPrediction(model, None)
         self._calling = False
+        self._entered: Tensor  # the state before the first block of all; elsewhere zeros of its shape
 
     @property
     def timeline(self) -> Timeline:
@@ -143,7 +115,7 @@ class SplitPCModel(PCModel):
         self._calling = True
         try:
             if at_rest:
-                self._first_pass()
+                self._through_all(self._entered)
             else:
                 above = self._sweep()
         finally:
@@ -162,19 +134,26 @@ class SplitPCModel(PCModel):
                 energy = (top.leaf * slope).flatten(1).sum(1)
         return outputs, energy
 
-    def _first_pass(self) -> None:
-        """The feedforward pass, one process after the other: states start at their predictions."""
-        relaxation, neighbours = self.relaxation, self.neighbours
-        assert relaxation is not None
-        state = self._entered
+    def _through_all(self, entered: Tensor) -> Tensor:
+        """A feedforward pass, one process after the other: the state behind the last block here.
+
+        Where a batch relaxes, states start at their predictions, and what comes from below is the boundary.
+
+        Args:
+            entered: the state before the first block of all; on other processes anything of its shape and dtype.
+        """
+        neighbours, state = self.neighbours, entered
         if not self.stage.first:
             received = neighbours.receive(neighbours.index - 1, wide(state)).wait()
-            relaxation.boundary = Boundary(received.requires_grad_())
+            if self._calling:
+                assert self.relaxation is not None
+                self.relaxation.boundary = Boundary(received.requires_grad_())
             state = received.detach().to(state.dtype)
         for position in range(len(self.stage.blocks)):
             state = self.stage.call(position, state)
         if not self.stage.last:
-            neighbours.send(neighbours.index + 1, relaxation.sites[-1].leaf)
+            neighbours.send(neighbours.index + 1, wide(state.detach()))
+        return state
 
     def _sweep(self) -> Receipt | None:
         """All blocks at the present states, the one that waits for a neighbour second; returns what comes from above.
@@ -229,7 +208,7 @@ class SplitPCModel(PCModel):
 
     def _check_batch(self, inputs: Mapping[str, Any], items: Tensor | int | None = None) -> None:
         """Raise ValueError everywhere if the processes were not given the same batch."""
-        own = {f"{n!r} of the batch": _fingerprint(v) for n, v in inputs.items() if isinstance(v, Tensor)}
+        own = {f"{n!r} of the batch": fingerprint(v) for n, v in inputs.items() if isinstance(v, Tensor)}
         same_everywhere(own | {"num_items_in_batch": None if items is None else float(items)})
 
     def steer(self, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> None:
@@ -256,14 +235,8 @@ class SplitPCModel(PCModel):
                 batch, labels = self._split(inputs, self.phases[0])
                 with by_all(device):
                     state = self.stage.enter(batch)
-                if not self.stage.first:
-                    received = self.neighbours.receive(self.neighbours.index - 1, wide(state)).wait()
-                    state = received.to(state.dtype)
                 self.stage.begin_step(RandomState((p.device for p in self.parameters()), self._numpy))
-                for position in range(len(self.stage.blocks)):
-                    state = self.stage.call(position, state)
-                if not self.stage.last:
-                    self.neighbours.send(self.neighbours.index + 1, wide(state))
+                state = self._through_all(state)
                 with by_all(device):
                     if self.stage.last:
                         energy = self.output.total(self.stage.leave(batch, state), labels).sum()
@@ -301,70 +274,3 @@ class SplitPCModel(PCModel):
             if state is not None:
                 result = do(state)
         return result
-
-
-def _check_group() -> None:
-    started = os.environ.get("WORLD_SIZE", "1")
-    if process_count() == 1 and started != "1":
-        raise ValueError(
-            f"WORLD_SIZE={started}: a launcher started several processes, and they have no process group; call "
-            "torch.distributed.init_process_group or accelerate.PartialState first"
-        )
-
-
-def _out_of_reach(model: nn.Module) -> str | None:
-    """What is wrong where the process group carries nothing from the model's device; None where it does."""
-    kind = next(model.parameters()).device.type
-    if process_count() == 1 or f"{kind}:" in torch.distributed.get_backend_config():
-        return None
-    return (
-        f"the model is on {kind!r}, where this process group carries nothing "
-        f"({torch.distributed.get_backend_config()}): move it to the device of each process first"
-    )
-
-
-def _check_config(config: PCConfig) -> None:
-    if not issubclass(SOLVERS[config.solver], StateSolver):
-        raise ValueError(
-            f"PCConfig.solver={config.solver!r} cannot be split: its sweeps go through all blocks in turn; use 'state'"
-        )
-    wanted = {"nodes": "block", "attention_energy": None, "weight_update": "final"}
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
-            raise ValueError(
-                f"PCConfig.{name}={getattr(config, name)!r} cannot be split over processes: use {value!r}"
-            )
-
-
-def _signature(model: nn.Module) -> dict[str, object]:
-    base = base_model(model)
-    config = getattr(base, "config", None)
-    settings = {} if config is None else config.to_dict()
-    own: dict[str, object] = {"the model": type(base).__name__}
-    own |= {f"config.{name}": value for name, value in settings.items() if "name_or_path" not in name}
-    for name, parameter in model.named_parameters():
-        kind = tuple(parameter.shape), str(parameter.dtype), parameter.requires_grad
-        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 1000)]  # of other weights these differ too
-        own[f"parameter {name}"] = kind, _fingerprint(some)
-    return own
-
-
-def _example(model: nn.Module, example: Mapping[str, Any] | None) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    name = getattr(base_model(model), "main_input_name", "input_ids")
-    if example is None and name != "input_ids":
-        raise ValueError(f"example=None is for models of input_ids: give {name!r} of one example")
-    if example is None:
-        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-        example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    batch = {name: value for name, value in example.items() if name != "labels"}
-    if getattr(getattr(model, "config", None), "use_cache", False):
-        batch.setdefault("use_cache", False)
-    return batch
-
-
-def _fingerprint(tensor: Tensor) -> tuple[object, ...]:
-    """Of a batch's tensor what two different ones are most unlikely to share."""
-    flat = tensor.detach().flatten().double().nan_to_num(nan=math.pi)  # nothing equals nan
-    places = torch.arange(1, len(flat) + 1, device=flat.device, dtype=torch.float64)
-    return (tuple(tensor.shape), float(flat.sum()), float((flat * places.remainder(997)).sum()))
