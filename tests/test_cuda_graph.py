@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import build
 from recorded import Replay
 from test_batch_state import resnet
 from test_invariants import gradients, worst
@@ -188,6 +189,26 @@ def test_masks_that_a_model_makes_itself_are_recorded() -> None:
             pc.steer()
         found.append(gradients(model))
     assert worst(found[1], found[0]) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["t5", "mamba", "modernbert", "swin", "mixtral"])
+def test_any_architecture_may_be_recorded(name: str) -> None:
+    """Encoders and decoders, states instead of attention, windows of an image; of experts those not run in a loop."""
+    found = []
+    for recorded in (False, True):
+        model, inputs = build(name)
+        if name == "mixtral":
+            model.config._experts_implementation = "batched_mm"
+        settings: dict[str, Any] = {"sweeps": 3, "relative_std": 0.5, "dropout": "off"}
+        pc = recording(model.train(), **settings) if recorded else PCModel(model.train(), PCConfig(**settings))
+        before = Replay.count
+        for _ in range(WARM + 1):
+            model.zero_grad()
+            pc.accumulate_grad(**inputs)
+            pc.steer()
+        assert (Replay.count > before) == recorded
+        found.append(gradients(model))
+    assert worst(found[1], found[0]) < 1e-9
 
 
 def test_running_statistics_count_a_batch_once() -> None:
