@@ -74,8 +74,8 @@ class CompiledForward(Compiled):
 
 
 @cache
-def _twin_code(code: CodeType) -> CodeType:
-    """The same for all modules of a class, so that they share what is compiled."""
+def _twin_code(code: CodeType, filename: str) -> CodeType:
+    """The same for all modules of a class, so that they share what is compiled; equal code of other files is not."""
     return code.replace(co_name=f"{code.co_name}_frozen")
 
 
@@ -83,7 +83,7 @@ def _twin(method: Callable[..., Any]) -> Callable[..., Any]:
     """The same method as code of its own, for torch keeps what it compiles with the code."""
     if not isinstance(method, MethodType) or not isinstance(function := method.__func__, FunctionType):
         return method
-    code = _twin_code(function.__code__)
+    code = _twin_code(function.__code__, function.__code__.co_filename)
     twin = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     twin.__kwdefaults__ = function.__kwdefaults__
     return MethodType(twin, method.__self__)

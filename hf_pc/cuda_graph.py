@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 Learned = tuple[list[dict[str, Tensor]], dict[str, Any]]
 #: a step, given its inputs and what the gradient is a mean over
 Step = Callable[[Mapping[str, Any], Tensor | int | None], Learned]
-
-
 #: node and label of a site
 Place = tuple[Node, str]
 #: makes something to `replay` of what runs on a device
@@ -89,10 +87,19 @@ class CudaGraph:
                 CudaGraph._streams[device] = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream = CudaGraph._streams[device]
             self._graph = torch.cuda.CUDAGraph()
+            raised: list[Exception] = []
             try:
                 # other threads may pin memory meanwhile, as those of data loaders do
                 with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    run()
+                    try:
+                        run()
+                    except Exception as error:
+                        raised.append(error)
+                        raise
+            except RuntimeError:  # of the end of the recording, it may be, which says less
+                if raised:
+                    raise raised[0] from None
+                raise
             finally:
                 torch.cuda.set_stream(before)  # which torch leaves undone where nothing could be recorded
         others.add(self)
@@ -175,14 +182,13 @@ class Recording:
         try:
             for weight in weights:
                 weight.grad = None
-            with pc.recorded(self.buffers), unpacked(self._inputs):
+            with pc.recorded(self.buffers), as_recorded(self._inputs):
                 torch.clear_autocast_cache()  # what it holds of weights would not be computed again
                 self._graph = record(run, device)
         finally:
             torch.clear_autocast_cache()
             for weight, gradient in zip(weights, before, strict=True):
                 weight.grad = gradient
-
         norms = (module for module in pc.model.modules() if isinstance(module, _NormBase))
         statistics = {id(buffer) for norm in norms for buffer in norm.buffers()}  # which torch changes unnoted
         #: of the model those that the step writes to
@@ -219,17 +225,14 @@ class Recording:
 
 
 @contextmanager
-def unpacked(inputs: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, transformers does not ask whether positions are those of several sequences in a row, where it is the
-    model that counts them: while a step is recorded it takes them for such, and masks what it could leave to a kernel.
+def as_recorded(inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, transformers makes masks as it does while a step is recorded: it asks none what it holds.
+
+    Nor does it take the positions that a model counts by itself for those of several sequences in a row, which a
+    recording would mask though there is nothing to mask.
     """
-    if inputs.get("position_ids") is not None or inputs.get("attention_mask") is not None:
-        yield
-        return
-    traced = masking_utils.is_tracing
-
-    def traces(tensor: Any = None) -> bool:
-        return tensor is not None and traced(tensor)  # as of a mask that a model makes by itself
-
-    with patch.multiple(masking_utils, find_packed_sequence_indices=lambda *_, **__: None, is_tracing=traces):
+    known: dict[str, Any] = {"is_tracing": lambda tensor=None: tensor is not None}
+    if inputs.get("position_ids") is None and inputs.get("attention_mask") is None:
+        known["find_packed_sequence_indices"] = lambda *_, **__: None
+    with patch.multiple(masking_utils, **known):
         yield

@@ -599,7 +599,10 @@ class PCModel(SavingMixin):
 
     def take(self, step: Step, inputs: Mapping[str, Any], items: Tensor | int | None) -> Learned:
         """Take a step, given as what goes through all `phases`, by way of a recording where `cuda_graph` wants one."""
-        return step(inputs, items) if self._recorder is None else self._recorder.step(self, step, inputs, items)
+        if self._recorder is None:
+            return step(inputs, items)
+        self._check_ready(None)  # which a replay would not
+        return self._recorder.step(self, step, inputs, items)
 
     @contextmanager
     def recorded(self, buffers: Buffers) -> Iterator[None]:

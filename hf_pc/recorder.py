@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_pc.architecture import base_model, is_checkpointing
-from hf_pc.cuda_graph import CudaGraph, Gradients, Learned, Place, Record, Recording, Step
+from hf_pc.cuda_graph import CudaGraph, Gradients, Learned, Place, Record, Recording, Step, as_recorded
 from hf_pc.energies import Energy
 from hf_pc.node import Site, Strength
 from hf_pc.processes import is_sharded, process_count
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 WARM = 2
 #: forms that are recorded; batches of others are learned without
 MOST_FORMS = 16
+#: of the model, after which there is a warning
+MANY_CHANGES = 5
 WHAT = "PCConfig.cuda_graph=True"
 
 
@@ -69,6 +72,7 @@ class Recorder:
         self._tensors: Any = None
         self._gradients = Gradients()
         self._warned = False
+        self._changes = 0
         self._met: tuple[Sequence[Place], Tensor] | None = None
 
     def note(self, sites: Sequence[Site], logits: Tensor) -> None:
@@ -83,11 +87,11 @@ class Recorder:
             RuntimeError: the model's own code asks for numbers of the GPU, so that it cannot be recorded.
         """
         _check_batch(pc, inputs)
-        whole, inputs = inputs, _without_mask(pc.model, inputs)
+        inputs = _without_mask(pc.model, inputs)
         items = None if given is None else torch.as_tensor(given, device=next(pc.model.parameters()).device)
         form = self._form(pc, inputs, items)
         if form is None or form.seen < WARM or not form.known(pc.strength()):
-            return self._unrecorded(pc, step, whole, items, form)
+            return self._unrecorded(pc, step, inputs, items, form)
         assert form.logits is not None
         pc.output.check(form.logits, pc.output.split(inputs)[1])
         record = partial(self._recording, pc, step, inputs, items, form.sites)
@@ -106,17 +110,31 @@ class Recorder:
         """That of a batch; None if there are too many."""
         tensors = _tensors_of(pc.model)
         if tensors != self._tensors:  # moved, frozen, or others: what was recorded is of no use
+            if self._tensors is not None:
+                self._warn_of_changes(pc.model, tensors)
             self._tensors, self._gradients = tensors, Gradients()
             self._forms.clear()
         form = (
             torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"),
             None if items is None else items.dtype,
-            *((name, v.shape, v.dtype) if isinstance(v, Tensor) else (name, v) for name, v in sorted(inputs.items())),
+            *((name, value.shape, value.dtype, value.device) if isinstance(value, Tensor) else (name, value)
+              for name, value in sorted(inputs.items())),
         )  # fmt: skip
         if form not in self._forms and len(self._forms) == MOST_FORMS:
             self._warn_of_forms()
             return None
         return self._forms.setdefault(form, Form())
+
+    def _warn_of_changes(self, model: nn.Module, tensors: list[tuple[Any, ...]]) -> None:
+        """Once, where it happens again and again."""
+        self._changes += 1
+        if self._changes == MANY_CHANGES:
+            pairs = zip(model.named_modules(), self._tensors, tensors, strict=False)
+            name = next((name for (name, _), old, new in pairs if old != new), "")
+            logger.warning(
+                "%s: steps are recorded anew for the %dth time, as a module has other tensors, or is in another mode: "
+                "%r. Where that happens all the time, steps run normally", WHAT, self._changes, name,
+            )  # fmt: skip
 
     def _warn_of_forms(self) -> None:
         """Once."""
@@ -132,7 +150,8 @@ class Recorder:
     ) -> Learned:
         _check_model(pc, inputs, self.kind)
         before = RandomState({p.device for p in pc.model.parameters()}, numpy=True)
-        learned = step(inputs, items)
+        with as_recorded(inputs) if form is not None else nullcontext():  # so that what is compiled is recorded
+            learned = step(inputs, items)
         if not before.holds():
             raise ValueError(
                 f"{WHAT} is not allowed for a {type(base_model(pc.model)).__name__} that draws "
@@ -156,9 +175,8 @@ class Recorder:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            cause = error.__context__ or error
             raise RuntimeError(
-                f"the step of this {type(base_model(pc.model)).__name__} cannot be recorded as a CUDA graph: {cause}. "
+                f"the step of this {type(base_model(pc.model)).__name__} cannot be recorded as a CUDA graph: {error}. "
                 "Where its code asks for numbers of the GPU, or waits for it, use PCConfig.cuda_graph=False in a new "
                 "process"
             ) from error
@@ -170,7 +188,8 @@ def _tensors_of(model: nn.Module) -> list[tuple[Any, ...]]:
     for module in model.modules():
         own = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
         found.append((module.training, *(
-            (id(part), part.data_ptr(), part.requires_grad) for part in own if isinstance(part, Tensor)
+            (id(part), part.data_ptr(), part.shape, part.dtype, part.requires_grad)
+            for part in own if isinstance(part, Tensor)
         )))  # fmt: skip
     return found
 

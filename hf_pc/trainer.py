@@ -121,8 +121,8 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
         for cls in order[order.index(TokenLossMixin) + 1 : order.index(Trainer)] if self.pc_config.cuda_graph else ():
             if "training_step" in vars(cls):
                 logger.warning(
-                    "%s.training_step runs only while a step is recorded with PCConfig.cuda_graph=True: what it "
-                    "counts or logs is left out of the others", cls.__name__,
+                    "%s.training_step does not run in replays of a recorded step (PCConfig.cuda_graph=True): what it "
+                    "counts or logs is left out there", cls.__name__,
                 )  # fmt: skip
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **kwargs: Any) -> Any:

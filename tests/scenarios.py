@@ -59,7 +59,7 @@ def full(model: Any) -> torch.Tensor:
 @contextmanager
 def recorded(seen: dict[str, list[Any]]) -> Iterator[None]:
     """Note how many sweeps each batch took here, whether each learning pass stood, and how often others disagreed."""
-    observe, confirm, everywhere = PCModel.observe, Descent.confirm, hf_pc.model.everywhere
+    measured, confirm, everywhere = PCModel.measured, Descent.confirm, hf_pc.model.everywhere
     seen |= {"sweeps": [], "stood": [], "outvoted": 0}
 
     def voted(holds: bool, device: torch.device) -> bool:
@@ -67,20 +67,20 @@ def recorded(seen: dict[str, list[Any]]) -> Iterator[None]:
         seen["outvoted"] += holds != agreed
         return agreed
 
-    def observed(self: PCModel, relaxation: Any) -> Any:
+    def noted(self: PCModel, relaxation: Any) -> Any:
         seen["sweeps"].append(relaxation.sweeps)
-        return observe(self, relaxation)
+        return measured(self, relaxation)
 
     def confirmed(self: Descent) -> bool:
         seen["stood"].append(confirm(self))
         return bool(seen["stood"][-1])
 
-    PCModel.observe, Descent.confirm = observed, confirmed  # type: ignore[method-assign]
+    PCModel.measured, Descent.confirm = noted, confirmed  # type: ignore[method-assign]
     hf_pc.model.everywhere = voted
     try:
         yield
     finally:
-        PCModel.observe, Descent.confirm = observe, confirm  # type: ignore[method-assign]
+        PCModel.measured, Descent.confirm = measured, confirm  # type: ignore[method-assign]
         hf_pc.model.everywhere = everywhere
 
 

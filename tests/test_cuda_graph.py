@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hf_pc import PCConfig, PCModel, PCTrainer, PCTrainingArguments
-from hf_pc.recorder import WARM, Recorder
+from hf_pc.recorder import MANY_CHANGES, MOST_FORMS, WARM, Recorder
 
 SIZES = {"vocab_size": 13, "n_positions": 8, "n_embd": 16, "n_layer": 3, "n_head": 2}
 BART: dict[str, Any] = {
@@ -276,6 +276,29 @@ def test_forms_and_weights_have_recordings_of_their_own() -> None:
     pc.model.transformer.kept = torch.zeros(2)  # as tables of positions that grow with the sequences
     trained(pc, data[:1])
     assert [form.plain is not None for form in pc._recorder._forms.values()] == [False]
+
+
+def test_tensors_that_change_all_the_time_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Such a model learns as it does without recordings, and is told so once."""
+    pc = recording(gpt2(), sweeps=2, relative_std=0.5)
+    before = Replay.count
+    for given in batches(MANY_CHANGES + 3):
+        pc.model.transformer.h[1].table = torch.zeros(2)
+        trained(pc, [given])
+    assert Replay.count == before
+    assert [r.getMessage() for r in caplog.records if "for the 5th time" in r.getMessage()] == [
+        "PCConfig.cuda_graph=True: steps are recorded anew for the 5th time, as a module has other tensors, or is in "
+        "another mode: 'transformer.h.1'. Where that happens all the time, steps run normally"
+    ]
+
+
+def test_only_so_many_forms_are_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    pc = recording(gpt2(), sweeps=2, relative_std=0.5)
+    for rows in range(1, MOST_FORMS + 3):
+        pc.accumulate_grad(**batches(1, rows=rows)[0])
+    assert pc._recorder is not None
+    assert len(pc._recorder._forms) == MOST_FORMS
+    assert len([r for r in caplog.records if "batches of more than 16 forms" in r.getMessage()]) == 1
 
 
 def test_forms_may_take_turns() -> None:

@@ -38,7 +38,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from hf_pc import PCConfig, PCModel
 from hf_pc.compilation import compile_parts
-from hf_pc.cuda_graph import CudaGraph, unpacked
+from hf_pc.cuda_graph import CudaGraph, as_recorded
 from hf_pc.measurements import relaxed_fraction
 from hf_pc.output import Output
 from hf_pc.placement import resolve
@@ -165,7 +165,7 @@ def stepper(
         model.requires_grad_(False)
     plain: Callable[[], dict[str, float]] = partial(frozen_pass if sweeps == PASS else backprop, model, inputs, output)
     if how == RECORDED and pc is None:
-        with unpacked(inputs):
+        with as_recorded(inputs):
             plain = recorded(model, plain)
 
     def step() -> dict[str, float]:
