@@ -261,6 +261,8 @@ def of_other(times: Times, sweeps: int, how: str) -> dict[str, Any]:
 
 def main() -> None:
     args = parse()
+    if args.cuda_graph and not torch.cuda.is_available():
+        sys.exit("error: --cuda_graph needs a CUDA GPU")
     torch.set_num_threads(args.threads)
     if args.measure_memory is not None:
         print(measured_memory(args, args.measure_memory, args.checkpointed))
