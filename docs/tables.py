@@ -131,6 +131,8 @@ TABLES: dict[str, dict[str, Column]] = {
         "time ratio": with_quartiles("time_ratio"),
         "limit": field("limit", ".2f"),
         "over": field("over_limit", ".1%"),
+        "a pass": field("sweep_ratio", ".2f"),
+        "beyond passes": field("over_passes", ".1%"),
         **MEMORY,
         **OF_A_STEP,
     },
