@@ -149,6 +149,29 @@ def test_a_probe_between_batch_and_step_is_not_steered_by() -> None:
     assert found[0]["relative_std"] != 0.2
 
 
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, r"state\.relative_std=None"),
+        ({"relative_std": -1.0}, r"state\.relative_std=-1\.0"),
+        ({"relative_std": 2 * LARGEST_STD}, r"state\.relative_std="),
+        ({"relative_std": 0.3, "activity": {"n": -2.0}}, r"state\.activity\['n'\]=-2\.0"),
+        ({"relative_std": 0.3, "activity": [1.0]}, r"state\.activity=\[1\.0\]"),
+        ({"relative_std": 0.3, "energies": [1.0]}, r"state\.energies=\[1\.0\]"),
+        ({"relative_std": 0.3, "energies": {"n": 1.0}}, r"state\.energies=\{'n': 1\.0\}"),
+    ],
+)
+def test_a_state_that_is_none_is_named(state: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Steering(PCConfig(relaxed_fraction=0.2)).load_state_dict(state)
+
+
+def test_two_sweeps_can_be_steered() -> None:
+    """One relaxes nothing, so that its target is none."""
+    assert Steering(PCConfig(relaxed_fraction=0.2, sweeps=1)).target is None
+    assert Steering(PCConfig(relaxed_fraction=0.2, sweeps=2)).target == 0.2
+
+
 @pytest.mark.parametrize("rows", [True, False, 2, -1, 0.5, "1", None])
 def test_rows_of_a_state_are_0_or_1(rows: Any) -> None:
     """Nothing else loads, a truth value neither; what loads goes on with the sign it stood at."""
