@@ -15,7 +15,7 @@ from test_solvers import NODES, X, Y, backprop
 from test_trainer import trained, trainer
 
 from hf_pc import PCConfig, PCModel, RelaxationOutput
-from hf_pc.learning import RULES, cost, phases_of
+from hf_pc.learning import RULES, cancels_in_each_sequence, cost, phases_of, taken_to_zero
 from hf_pc.measurements import summary
 from hf_pc.trainer import BackpropTrainer
 
@@ -337,3 +337,11 @@ def test_a_step_costs_its_passes(rule: str, strengths: list[float] | None, expec
     for sweeps in (3, 8):
         assert cost(phases_of(rule, strengths), sweeps) == pytest.approx(expected(sweeps))
     assert cost(phases_of("plain"), 1) == 1
+
+
+def test_what_cancels_in_each_sequence() -> None:
+    """Several phases of the whole batch and its own labels: in others the bias averages out, or is there to stay."""
+    assert {rule for rule, phases in RULES.items() if cancels_in_each_sequence(phases)} == {
+        "centred", "extrapolated", "one_sided"
+    }  # fmt: skip
+    assert cancels_in_each_sequence(taken_to_zero(1.0, 0.5))
