@@ -169,7 +169,6 @@ class Recording:
         self._learned: Learned
         self._learning: list[Tensor] = []  # the weights that have a gradient
         self._gradients = gradients
-        self._fill(pc, inputs, items)
 
         def run() -> None:
             self._learned = step(self._inputs, self._items)

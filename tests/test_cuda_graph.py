@@ -112,7 +112,9 @@ def test_a_last_pass_that_does_not_stand_is_run_again() -> None:
     data = batches(WARM + 3)
     expected = trained(PCModel(gpt2(), PCConfig(**settings)), data)
     pc = recording(gpt2(), **settings)
+    before = Replay.count
     found = trained(pc, data)
+    assert Replay.count - before == 4  # of three steps the first alone takes it for granted that the pass is accepted
     assert pc._recorder is not None
     assert [form.careful is not None for form in pc._recorder._forms.values()] == [True]
     for (report, mine), (wanted, others) in zip(found, expected, strict=True):
@@ -143,6 +145,22 @@ def test_gradients_add_up_and_are_the_weights_own() -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_each_step_is_a_mean_over_its_own_number_of_tokens() -> None:
+    """That of all batches of an optimiser step, as a Trainer gives it."""
+    data = batches(WARM + 3)
+    found = []
+    for recorded in (False, True):
+        settings: dict[str, Any] = {"sweeps": 3, "precision": 20.0}
+        pc = recording(gpt2(), **settings) if recorded else PCModel(gpt2(), PCConfig(**settings))
+        norms = []
+        for items, given in enumerate(data, start=21):
+            pc.model.zero_grad()
+            pc.accumulate_grad(**given, num_items_in_batch=torch.tensor(items))
+            norms.append(torch.cat([p.grad.flatten() for p in pc.model.parameters() if p.grad is not None]).norm())
+        found.append(torch.stack(norms))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0.0)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_padding_of_other_batches_is_masked(kind: str, padded: bool) -> None:
@@ -171,6 +189,21 @@ def test_padding_of_other_batches_is_masked(kind: str, padded: bool) -> None:
     assert one == pytest.approx(other, rel=1e-4)
     for first, second in zip(gradients, others, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-6)
+
+
+def test_several_sequences_in_a_row_are_kept_apart() -> None:
+    """Positions that a batch brings are read anew by each step, and what they separate is masked."""
+    found = []
+    for recorded in (False, True):
+        settings: dict[str, Any] = {"sweeps": 3, "precision": 20.0}
+        pc = recording(gpt2(), **settings) if recorded else PCModel(gpt2(), PCConfig(**settings))
+        energies = []
+        for i, given in enumerate(batches(WARM + 3)):
+            positions = torch.cat([torch.arange(i + 1), torch.arange(7 - i)]).expand(3, 8)
+            energies.append(pc.accumulate_grad(**given, position_ids=positions).free_energy)
+            pc.model.zero_grad()
+        found.append(energies)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_masks_that_a_model_makes_itself_are_recorded() -> None:
