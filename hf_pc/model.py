@@ -510,8 +510,8 @@ class PCModel(SavingMixin):
             step = partial(self._phases, mode, weight_step)
             measured, report = self.take(step, inputs, items) if mode == LEARN else step(inputs, items)
         sums: dict[str, Tensor] = {}
+        batch = len(inputs["labels"])
         for phase, found in zip(phases, measured, strict=True):
-            batch = len(inputs["labels"])
             add_sums(sums, self.note(phase, found, batch) if mode == LEARN else self.share.merge(on_cpu(found)))
         facts = {"sweeps": int(sums["sweeps"]), "feedforward_energy": float(report["feedforward_energy"])}
         return RelaxationOutput(**(report | summary(sums) | facts))

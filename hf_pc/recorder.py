@@ -227,9 +227,9 @@ def _check_model(pc: PCModel, inputs: Mapping[str, Any], kind: str) -> None:
 def _without_mask(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """A batch without an attention mask that hides nothing: transformers would ask it in every pass."""
     mask = inputs.get("attention_mask")
-    known = inspect.signature(base_model(model).forward).parameters.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or known is None or known.default is not None:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
         return inputs
-    if not bool(mask.all()):
+    known = inspect.signature(base_model(model).forward).parameters.get("attention_mask")
+    if known is None or known.default is not None or not bool(mask.all()):
         return inputs
     return {name: value for name, value in inputs.items() if name != "attention_mask"}

@@ -1,4 +1,4 @@
-"""On a GPU: what NCCL and FSDP2 make of a run, in a process of their own."""
+"""On a GPU: what NCCL and FSDP2 make of a run, in a process of their own, and steps recorded as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_one_process_of_nccl_trains_as_none(tmp_path: Path) -> None:
 
 
 def test_a_recorded_run_ends_with_the_same_weights(tmp_path: Path) -> None:
-    """A Trainer's steps as CUDA graphs, with batches of their own shapes and masks."""
+    """A Trainer's steps as CUDA graphs, in float32, and compiled in bfloat16, where the other run is not compiled."""
     runs = ("balanced", "recorded", "bf16_short", "bf16_recorded")
     command = [sys.executable, str(HERE / "train_gpu.py"), str(tmp_path), *runs]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=HERE)
@@ -46,7 +46,7 @@ def test_a_recorded_run_ends_with_the_same_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("compiles", [False, True])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_recorded_steps_are_the_steps(kind: str, compiles: bool) -> None:
-    """Gradients of recorded steps, with other batches and weights, are those of steps that Python tells."""
+    """Gradients of recorded steps, with other batches and weights, are those of normal steps."""
     torch.manual_seed(0)
     model: Any
     if kind == "gpt2":

@@ -38,7 +38,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from hf_pc import PCConfig, PCModel
 from hf_pc.compilation import compile_parts
-from hf_pc.cuda_graph import CudaGraph, as_recorded
+from hf_pc.cuda_graph import CudaGraph, Gradients, as_recorded
 from hf_pc.measurements import relaxed_fraction
 from hf_pc.output import Output
 from hf_pc.placement import resolve
@@ -129,14 +129,18 @@ def recorded(model: Any, run: Callable[[], Any]) -> Callable[[], dict[str, float
     for _ in range(2):
         run()
     model.zero_grad()
-    graph = CudaGraph(run, next(model.parameters()).device)
-    found = [(p, p.grad) for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
+    weights, gradients, learning = list(model.parameters()), Gradients(), []
+    gradients.prepare(weights)
+
+    def recording() -> None:
+        run()
+        learning[:] = gradients.keep(weights)
+
+    graph = CudaGraph(recording, weights[0].device)
 
     def step() -> dict[str, float]:
         graph.replay()
-        for p, gradient in found:
-            p.grad = gradient.clone()
+        gradients.add(learning)
         return {}
 
     return step
