@@ -17,7 +17,8 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, sort_checkpoints
 
-from hf_pc.config import PC_CONFIG_NAME, PCConfig, read_json_file
+from hf_pc.config import PC_CONFIG_NAME, PCConfig
+from hf_pc.json_files import read_json_file
 from hf_pc.model import PCModel
 from hf_pc.saving import STATE_NAME, write_state
 from hf_pc.steering import check_state

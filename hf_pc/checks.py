@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from hf_pc.registry import nearest
@@ -32,6 +32,13 @@ def check_string(owner: str, name: str, value: object) -> None:
     """Raise ValueError unless `value` is a string that holds something."""
     if not isinstance(value, str) or not value:
         raise ValueError(f"{owner}.{name}={value!r} is not allowed: a non-empty string is needed")
+
+
+def check_choice(owner: str, name: str, value: object, allowed: Collection[object]) -> None:
+    """Raise ValueError unless `value` is one of those that are allowed."""
+    if value not in allowed:
+        choices = ", ".join(map(repr, allowed))
+        raise ValueError(f"{owner}.{name}={value!r} is unknown; allowed: {choices}")
 
 
 def check_whole(owner: str, name: str, value: object, *, least: int, most: int | None = None) -> None:

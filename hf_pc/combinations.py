@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from hf_pc.checks import SMALLEST, check_scale, check_string, check_whole
+from hf_pc.checks import SMALLEST, check_choice, check_scale, check_string, check_whole
 from hf_pc.learning import RULES, cancels_in_each_sequence, taken_to_zero
 from hf_pc.solvers.base import SOLVERS, Solver
 from hf_pc.solvers.optimizers import parse_optimizer
@@ -39,8 +39,7 @@ def _check_learning(config: PCConfig, solver: type[Solver]) -> None:
     """`learning`, and what its phases need."""
     learning = config.learning
     check_string("PCConfig", "learning", learning)
-    if learning not in RULES:
-        raise ValueError(f"PCConfig.learning={learning!r} is unknown; allowed: {', '.join(map(repr, RULES))}")
+    check_choice("PCConfig", "learning", learning, RULES)
     if learning != "plain" and not solver.takes_phases:
         raise ValueError(f"PCConfig.learning={learning!r} needs {_with('takes_phases')}, not {config.solver!r}")
     if learning != "plain" and config.step_size != "auto":
@@ -127,8 +126,7 @@ def _check_energies(config: PCConfig) -> None:
 def _check_precision(config: PCConfig, solver: type[Solver]) -> None:
     """`relaxation_dtype`, which needs errors that are no differences."""
     dtype = config.relaxation_dtype
-    if dtype not in (None, *RELAXATION_DTYPES):
-        raise ValueError(f"PCConfig.relaxation_dtype={dtype!r} is unknown; allowed: {RELAXATION_DTYPES}, None")
+    check_choice("PCConfig", "relaxation_dtype", dtype, (*RELAXATION_DTYPES, None))
     if dtype is not None and not solver.stores_errors:
         raise ValueError(
             f"PCConfig.relaxation_dtype={dtype!r} needs {_with('stores_errors')}, not {config.solver!r}: the rounding "
@@ -139,8 +137,7 @@ def _check_precision(config: PCConfig, solver: type[Solver]) -> None:
 def _check_updates(config: PCConfig, solver: type[Solver]) -> None:
     """`weight_update` and `state_optimizer`, which only solvers that move states follow."""
     update, optimizer = config.weight_update, config.state_optimizer
-    if update not in WEIGHT_UPDATES:
-        raise ValueError(f"PCConfig.weight_update={update!r} is unknown; allowed: {WEIGHT_UPDATES}")
+    check_choice("PCConfig", "weight_update", update, WEIGHT_UPDATES)
     if update == "every_sweep" and not solver.moves_weights:
         raise ValueError(f"PCConfig.weight_update={update!r} needs {_with('moves_weights')}, not {config.solver!r}")
     if optimizer is None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_pc.checks import LARGEST, check_known, check_scale, check_string, check_whole
+from hf_pc.checks import LARGEST, check_choice, check_known, check_scale, check_string, check_whole
+from hf_pc.json_files import read_json
 from hf_pc.registry import Registry
 
 PC_CONFIG_NAME = "pc_config.json"
@@ -194,8 +195,7 @@ class PCConfig:
         for name in ("compile", "cuda_graph"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"PCConfig.{name}={value!r} is not allowed: true or false is needed")
-        if self.dropout not in DROPOUT_POLICIES:
-            raise ValueError(f"PCConfig.dropout={self.dropout!r} is unknown; allowed: {DROPOUT_POLICIES}")
+        check_choice("PCConfig", "dropout", self.dropout, DROPOUT_POLICIES)
         check_combinations(self, SOLVERS[self.solver])
         if self.strengths is not None:
             self.strengths = [float(value) for value in self.strengths]
@@ -218,9 +218,7 @@ class PCConfig:
             if (name, value) in defaults:
                 continue
             check_string("PCConfig", name, value)
-            if value not in registry:
-                allowed = ", ".join(map(repr, registry.names()))
-                raise ValueError(f"PCConfig.{name}={value!r} is unknown; allowed: {allowed}")
+            check_choice("PCConfig", name, value, registry.names())
 
     def _check_strength(self) -> None:
         """That there is one of the three that say it."""
@@ -312,28 +310,3 @@ class PCConfig:
         if values is None:
             raise FileNotFoundError(f"{path_or_repo} holds no {PC_CONFIG_NAME}: it was not saved by hf_pc")
         return cls.from_dict(values)
-
-
-def read_json(path_or_repo: str | os.PathLike[str], name: str, **hub_kwargs: Any) -> Any:
-    """What a JSON file of a folder or a Hub repository holds; None where there is no such file.
-
-    Raises:
-        ValueError: it is no JSON file.
-    """
-    from transformers.utils.hub import cached_file
-
-    found = cached_file(str(path_or_repo), name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-    if found is None:
-        return None
-    return read_json_file(Path(found))
-
-
-def read_json_file(path: Path) -> Any:
-    """What a JSON file holds. Raises ValueError if it is none, or holds nothing."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
-    if values is None:
-        raise ValueError(f"{path} holds null: an object is needed")
-    return values

@@ -20,21 +20,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 from unittest.mock import patch
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from transformers import masking_utils
 
-from hf_pc.node import Node
-
-if TYPE_CHECKING:
-    from hf_pc.model import PCModel
+from hf_pc.learning import Phase
+from hf_pc.node import Node, Strength
+from hf_pc.output import Output
+from hf_pc.steering import Steering
 
 #: of each phase what was measured, and tensors to report
 Learned = tuple[list[dict[str, Tensor]], dict[str, Any]]
@@ -66,6 +66,22 @@ class Buffers:
         """What the solver takes for the answer whether a last pass is accepted for all sequences."""
         self.accepted.append(accepted)
         return not self.careful
+
+
+class Recordable(Protocol):
+    """What a recording needs of the PCModel whose step it is."""
+
+    model: nn.Module
+    output: Output
+    phases: tuple[Phase, ...]
+    steering: Steering
+
+    @property
+    def nodes(self) -> list[Node]: ...
+
+    def strength(self) -> Strength: ...
+
+    def recorded(self, buffers: Buffers) -> AbstractContextManager[None]: ...
 
 
 class CudaGraph:
@@ -153,7 +169,7 @@ class Recording:
     """
 
     def __init__(
-        self, pc: PCModel, step: Step, inputs: Mapping[str, Any], items: Tensor | None, sites: Sequence[Place], *,
+        self, pc: Recordable, step: Step, inputs: Mapping[str, Any], items: Tensor | None, sites: Sequence[Place], *,
         gradients: Gradients, careful: bool, record: Record,
     ) -> None:  # fmt: skip
         self._inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
@@ -196,7 +212,7 @@ class Recording:
             if buffer._version != version or id(buffer) in statistics
         ]  # fmt: skip
 
-    def _fill(self, pc: PCModel, inputs: Mapping[str, Any], items: Tensor | None) -> None:
+    def _fill(self, pc: Recordable, inputs: Mapping[str, Any], items: Tensor | None) -> None:
         """Put what the step reads where it reads it."""
         for name, value in inputs.items():
             if isinstance(value, Tensor):
@@ -210,7 +226,7 @@ class Recording:
         if self.buffers.signs is not None:
             self.buffers.signs.copy_(pc.steering.signs(len(self.buffers.signs), self.buffers.signs.device))
 
-    def replay(self, pc: PCModel, inputs: Mapping[str, Any], items: Tensor | None) -> bool:
+    def replay(self, pc: Recordable, inputs: Mapping[str, Any], items: Tensor | None) -> bool:
         """Take the step with another batch of the form; whether the last pass of every phase was accepted."""
         self._fill(pc, inputs, items)
         self._graph.replay()

@@ -6,21 +6,19 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from hf_pc.auto_classes import class_of
 from hf_pc.cards import extend_card, write_card
+from hf_pc.config import PCConfig
 
 try:  # what carries the requests of huggingface_hub, by its version
     from httpx2 import TransportError
 except ImportError:
     from httpx import TransportError  # type: ignore[import-not-found, no-redef]
-
-if TYPE_CHECKING:
-    from hf_pc.saving import SavingMixin
 
 CARD = "README.md"
 
@@ -57,7 +55,7 @@ def explained(repo_id: str, token: str | None = None, revision: str | None = Non
 
 
 def push(
-    pc: SavingMixin, repo_id: str, save: Callable[[str], None], *, commit_message: str = "Upload model",
+    model: Any, config: PCConfig, repo_id: str, save: Callable[[str], None], *, commit_message: str = "Upload model",
     private: bool | None = None, token: str | None = None, revision: str | None = None,
 ) -> Any:  # fmt: skip
     """Create the repository if needed and upload what `save` writes in one commit; returns the commit's info.
@@ -71,7 +69,7 @@ def push(
         save(folder)
         kept = api.file_exists(repo, CARD, revision=revision)
         if not kept:
-            _write_card(pc, Path(folder), repo)
+            _write_card(model, config, Path(folder), repo)
         return api.upload_folder(
             repo_id=repo, folder_path=folder, commit_message=commit_message, revision=revision,
             ignore_patterns=[CARD] if kept else None,
@@ -90,12 +88,12 @@ def push_run(folder: Path, repo_id: str, token: str | None = None, revision: str
         )
 
 
-def _write_card(pc: SavingMixin, folder: Path, repo_id: str) -> None:
+def _write_card(model: Any, config: PCConfig, folder: Path, repo_id: str) -> None:
     if (folder / CARD).is_file():  # PEFT's
-        extend_card(folder / CARD, pc.config)
+        extend_card(folder / CARD, config)
         return
-    base = getattr(pc.model.config, "name_or_path", None)
+    base = getattr(model.config, "name_or_path", None)
     write_card(
-        folder, pc.config, {}, model_name=repo_id.rpartition("/")[2], base_model=base if base != repo_id else None,
-        auto_class=class_of(pc.model),
+        folder, config, {}, model_name=repo_id.rpartition("/")[2], base_model=base if base != repo_id else None,
+        auto_class=class_of(model),
     )  # fmt: skip

@@ -37,6 +37,7 @@ from hf_pc.node import LEARN, RELAX, Node, Strength
 from hf_pc.output import IGNORED, Output
 from hf_pc.placement import innermost, resolve
 from hf_pc.processes import everywhere, is_sharded, process_count, process_index
+from hf_pc.readiness import check_float32, check_idle, check_mode, check_reached, check_weight_hooks
 from hf_pc.recorder import Recorder
 from hf_pc.relaxation import Relaxation, Share
 from hf_pc.report import RelaxationOutput
@@ -61,6 +62,7 @@ class PCModel(SavingMixin):
     def __init__(self, model: nn.Module, config: PCConfig | dict[str, Any] | None = None) -> None:
         self.model = model
         self.config = PCConfig.of(config)
+        check_float32(model, self.config)
         self._module_nodes = resolve(model, self.config)
         name = self.config.attention_energy
         self._attention = None if name is None else AttentionNodes(model, name)
@@ -70,7 +72,6 @@ class PCModel(SavingMixin):
         lower = self.config.relaxation_dtype
         #: what sweeps between the first and the last are computed in; None: in what is learned in
         self._lower: torch.dtype | None = None if lower is None else getattr(torch, lower)
-        _check_float32(model, lower)
         #: the relaxations of one step; the first is the one that is reported
         self.phases: tuple[Phase, ...] = phases_of(self.config.learning, self.config.strengths)
         self.share = Share()
@@ -199,13 +200,13 @@ class PCModel(SavingMixin):
             forward: what passes that move weights call instead of the model, such as its distributed wrapper.
             learns: whether weights learn from a pass inside; if not, nothing is kept for that.
         """
-        self._check_ready(weight_step)
+        self._check_ready(weight_step is not None)
         if phase.first:
             self._before = None
             self._first_prediction.forget()
             self._parameters = list(self.model.parameters())
             if learns:
-                self._check_hooks()
+                check_weight_hooks(self._parameters, self.config, self.phases)
         batch, labels = self._split(inputs, phase)
         routed = routes(self.model, batch)  # a router's losses are gathered inside the blocks
         forward = self.model if weight_step is None or forward is None else forward
@@ -241,45 +242,10 @@ class PCModel(SavingMixin):
                 self._random = None
                 self._first_prediction.forget()
 
-    def _check_ready(self, weight_step: Callable[[Tensor], None] | None) -> None:
+    def _check_ready(self, steps_weights: bool) -> None:
         """Raise ValueError or RuntimeError if no batch can be relaxed now, or not so."""
-        update = self.config.weight_update
-        if (weight_step is None) != (update == "final"):
-            raise ValueError(
-                f"weight_update={update!r} moves the weights once the states have relaxed: weight_step is not allowed"
-                if update == "final" else
-                f"weight_update={update!r} moves weights while the states relax: use PCTrainer, or give weight_step"
-            )  # fmt: skip
-        if not self._attachment.alive:
-            raise RuntimeError("this PCModel is detached: attach() it first")
-        if self.relaxation is not None:
-            raise RuntimeError("this PCModel is relaxing a batch already: one batch at a time")
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "errors relax by gradients, which torch.inference_mode() switches off for good: leave it out (under "
-                "torch.no_grad() they relax)"
-            )
-        if self._lower is not None and any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
-            raise ValueError(
-                f"relaxation_dtype={self.config.relaxation_dtype!r} is not allowed under autocast, where the learning "
-                "pass has no more precision than the sweeps"
-            )
-
-    def _check_hooks(self) -> None:
-        """Raise ValueError where something steps weights as soon as a part of their gradient is there."""
-        if not any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self._parameters):
-            return
-        if self._recorder is not None:
-            raise ValueError(
-                "a weight has a hook that runs once its gradient is accumulated, as of optimizers that step in the "
-                "backward pass: PCConfig.cuda_graph=True would record what it does once; use another optimizer"
-            )
-        if len(self.phases) > 1 or not self.solver.one_backward:
-            raise ValueError(
-                "a weight has a hook that runs once its gradient is accumulated, as of optimizers that step in the "
-                f"backward pass; solver={self.config.solver!r} and learning={self.config.learning!r} accumulate "
-                "gradients in parts: use solver='error' with learning='plain', or an optimizer that steps afterwards"
-            )
+        check_mode(self.config, steps_weights)
+        check_idle(self._attachment.alive, self.relaxation is not None)
 
     def _begin(self, batch: Mapping[str, Any], labels: Tensor, phase: Phase, together: bool) -> Relaxation:
         """The relaxation of a phase; `together` where every pass is a meeting of all processes."""
@@ -372,7 +338,7 @@ class PCModel(SavingMixin):
         """
         if self.relaxation is None or self._confirm is None:
             raise RuntimeError("learning_pass belongs inside `with pc.relaxed(inputs)`")
-        self._check_reached()
+        check_reached(self.model, self.relaxation)
         batch, labels = self._split(inputs, self.relaxation.phase)
         forward = forward or self.model
         bare = forward is self.model
@@ -395,18 +361,6 @@ class PCModel(SavingMixin):
         if self._recorder is not None and self.relaxation.phase.first:
             self._recorder.note(self.relaxation.sites, outputs["logits"])
         return energy if mode == RELAX else self.relaxation.loss(energy), outputs
-
-    def _check_reached(self) -> None:
-        """Raise ValueError if the sweeps so far have brought no signal to any node: none of them ever will."""
-        relaxation = self.relaxation
-        assert relaxation is not None
-        dropped = self.model.training and layer_drop(self.model)  # every block behind the nodes, it may be
-        if relaxation.sweeps and relaxation.sites and relaxation.share.top and not relaxation.top and not dropped:
-            raise ValueError(
-                f"no signal came to any node of {type(self.model).__name__}: its logits do not follow from them, or "
-                "they run where no gradient is recorded, as in the reversible layers of Reformer; choose nodes that "
-                "hold all of that part, or lie outside it"
-            )
 
     def free_energy_gradients(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         """One more relaxing sweep: dF/dx of every site at its present leaf, nats, each shaped as the site's states.
@@ -601,7 +555,7 @@ class PCModel(SavingMixin):
         """Take a step, given as what goes through all `phases`, by way of a recording where `cuda_graph` wants one."""
         if self._recorder is None:
             return step(inputs, items)
-        self._check_ready(None)  # which a replay would not
+        self._check_ready(steps_weights=False)  # which a replay would not
         return self._recorder.step(self, step, inputs, items)
 
     @contextmanager
@@ -626,13 +580,3 @@ class PCModel(SavingMixin):
 
 class _NothingToRelax(Exception):  # noqa: N818
     """A model has dropped all its blocks in this step: there is one pass, which learns from the output alone."""
-
-
-def _check_float32(model: nn.Module, lower: str | None) -> None:
-    """Raise ValueError if some weights are not in float32 though sweeps are to be in less."""
-    for name, parameter in model.named_parameters() if lower else ():
-        if parameter.dtype != torch.float32:
-            raise ValueError(
-                f"relaxation_dtype={lower!r} needs weights in float32; {name!r} is in {parameter.dtype}: load the "
-                "model with dtype=torch.float32, or leave relaxation_dtype out"
-            )

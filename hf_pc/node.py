@@ -20,13 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hf_pc.dtypes import sum_dtype, wide, wide_dtype
 from hf_pc.energies import Energy, relative_precision
+from hf_pc.learning import Phase
 
 RELAX, LEARN = "relax", "learn"
 
@@ -242,11 +243,32 @@ class LossScale(torch.autograd.Function):
         return scale, None
 
 
+class Sweep(Protocol):
+    """What a node's backward pass goes by: the `hf_pc.relaxation.Relaxation` whose pass it belongs to."""
+
+    sites: list[Site]
+    mode: str
+    phase: Phase
+    measures: bool
+    steps_last: bool
+    defers: bool
+    step_size: float
+
+    @property
+    def at_rest(self) -> bool: ...
+
+    def scale_of(self, site: Site) -> Tensor | float: ...
+
+    def measure(self, site: Site, signal: Tensor, gradient: Tensor) -> None: ...
+
+    def note_learned(self, site: Site, signal: Tensor) -> None: ...
+
+
 class NodeFunction(torch.autograd.Function):
     """x = mu + e forwards; the module docstring says what goes backwards. Errors stay in float32 or wider."""
 
     @staticmethod
-    def forward(ctx: Any, mu: Tensor, error: Tensor, site: Site, sweep: Any) -> Tensor:
+    def forward(ctx: Any, mu: Tensor, error: Tensor, site: Site, sweep: Sweep) -> Tensor:
         ctx.site, ctx.sweep = site, sweep
         ctx.dtype = mu.dtype
         ctx.save_for_backward(error)
@@ -256,7 +278,8 @@ class NodeFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
-        site, sweep = ctx.site, ctx.sweep
+        site: Site = ctx.site
+        sweep: Sweep = ctx.sweep
         site.reached = True
         (error,) = ctx.saved_tensors
         mu = site.prediction
@@ -283,7 +306,7 @@ class NodeFunction(torch.autograd.Function):
         return down if ctx.needs_input_grad[0] else None, gradient if sweep.mode == RELAX else None, None, None
 
 
-def _learned_signal(site: Site, sweep: Any, error: Tensor, signal: Tensor, gradient: Tensor) -> Tensor:
+def _learned_signal(site: Site, sweep: Sweep, error: Tensor, signal: Tensor, gradient: Tensor) -> Tensor:
     """Take the last step; what the module below learns from there, dE/dmu."""
     energy = site.node.energy
     if energy.quadratic and sweep.step_size * site.node.step_factor == 1:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 
 from hf_pc.auto_classes import class_of
+from hf_pc.cards import extend_card
 from hf_pc.config import PCConfig
+from hf_pc.hub import explained
 
 _TrainerPart: Any = Trainer if TYPE_CHECKING else object
 
@@ -19,8 +21,6 @@ class PushMixin(_TrainerPart):
     pc_config: PCConfig
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        from hf_pc.hub import explained
-
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         with explained(name, token or self.args.hub_token):
             super().init_hf_repo(token=token, private=private)
@@ -34,8 +34,6 @@ class PushMixin(_TrainerPart):
         **kwargs: Any,
     ) -> Any:
         """As `Trainer.push_to_hub`. Raises ConnectionError, PermissionError or FileNotFoundError, see `hf_pc.hub`."""
-        from hf_pc.hub import explained
-
         name = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         with explained(name, token or self.args.hub_token, revision or self.args.hub_revision):
             return super().push_to_hub(
@@ -44,8 +42,6 @@ class PushMixin(_TrainerPart):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """transformers' own card with results, settings and the regime of this run; same signature."""
-        from hf_pc.cards import extend_card
-
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             model = self.accelerator.unwrap_model(self.model)

@@ -8,20 +8,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_pc.architecture import base_model, is_checkpointing
-from hf_pc.cuda_graph import CudaGraph, Gradients, Learned, Place, Record, Recording, Step, as_recorded
+from hf_pc.cuda_graph import CudaGraph, Gradients, Learned, Place, Record, Recordable, Recording, Step, as_recorded
 from hf_pc.energies import Energy
 from hf_pc.node import Site, Strength
 from hf_pc.processes import is_sharded, process_count
 from hf_pc.rng import RandomState
-
-if TYPE_CHECKING:
-    from hf_pc.model import PCModel
 
 logger = logging.getLogger(__name__)
 #: steps of a form before it is recorded
@@ -79,7 +76,7 @@ class Recorder:
         """Note what the first phase of a step met."""
         self._met = [(site.node, site.label) for site in sites], logits.detach().to("meta")
 
-    def step(self, pc: PCModel, step: Step, inputs: Mapping[str, Any], given: Tensor | int | None) -> Learned:
+    def step(self, pc: Recordable, step: Step, inputs: Mapping[str, Any], given: Tensor | int | None) -> Learned:
         """A step, see `Recording`; what it returns is there until the next one.
 
         Raises:
@@ -106,7 +103,7 @@ class Recorder:
             recording.replay(pc, inputs, items)
         return recording.learned()
 
-    def _form(self, pc: PCModel, inputs: Mapping[str, Any], items: Tensor | None) -> Form | None:
+    def _form(self, pc: Recordable, inputs: Mapping[str, Any], items: Tensor | None) -> Form | None:
         """That of a batch; None if there are too many."""
         tensors = _tensors_of(pc.model)
         if tensors != self._tensors:  # moved, frozen, or others: what was recorded is of no use
@@ -146,7 +143,7 @@ class Recorder:
             )  # fmt: skip
 
     def _unrecorded(
-        self, pc: PCModel, step: Step, inputs: Mapping[str, Any], items: Tensor | None, form: Form | None
+        self, pc: Recordable, step: Step, inputs: Mapping[str, Any], items: Tensor | None, form: Form | None
     ) -> Learned:
         _check_model(pc, inputs, self.kind)
         before = RandomState({p.device for p in pc.model.parameters()}, numpy=True)
@@ -164,7 +161,7 @@ class Recorder:
         return learned
 
     def _recording(
-        self, pc: PCModel, step: Step, inputs: Mapping[str, Any], items: Tensor | None, sites: Sequence[Place], *,
+        self, pc: Recordable, step: Step, inputs: Mapping[str, Any], items: Tensor | None, sites: Sequence[Place], *,
         careful: bool,
     ) -> Recording:  # fmt: skip
         logger.info("a step over batches of %d sequences is recorded as a CUDA graph", len(inputs["labels"]))
@@ -194,7 +191,7 @@ def _tensors_of(model: nn.Module) -> list[tuple[Any, ...]]:
     return found
 
 
-def _check_batch(pc: PCModel, inputs: Mapping[str, Any]) -> None:
+def _check_batch(pc: Recordable, inputs: Mapping[str, Any]) -> None:
     """Raise ValueError where of this batch no step can be recorded."""
     for name, value in inputs.items():
         if not isinstance(value, (Tensor, bool, int, float, str, type(None))):
@@ -206,7 +203,7 @@ def _check_batch(pc: PCModel, inputs: Mapping[str, Any]) -> None:
         raise ValueError(f"{WHAT} needs labels that are class indices; these are {labels.dtype}, of a {kind}")
 
 
-def _check_model(pc: PCModel, inputs: Mapping[str, Any], kind: str) -> None:
+def _check_model(pc: Recordable, inputs: Mapping[str, Any], kind: str) -> None:
     """Raise ValueError where of this model no step can be recorded."""
     devices = {p.device for p in pc.model.parameters()}
     devices |= {value.device for value in inputs.values() if isinstance(value, Tensor)}

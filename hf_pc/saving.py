@@ -12,7 +12,9 @@ from torch import nn
 
 from hf_pc.attention import AttentionNodes
 from hf_pc.auto_classes import adapted, loaded_by
-from hf_pc.config import PCConfig, read_json
+from hf_pc.config import PCConfig
+from hf_pc.hub import push
+from hf_pc.json_files import read_json
 from hf_pc.node import Node
 from hf_pc.steering import Steering, check_state
 
@@ -108,9 +110,7 @@ class SavingMixin:
             PermissionError: the token may not write there.
             FileNotFoundError: the repository has no such branch.
         """
-        from hf_pc.hub import push
-
-        return push(self, repo_id, self.save_pretrained, **options)
+        return push(self.model, self.config, repo_id, self.save_pretrained, **options)
 
 
 def _class_of(path_or_repo: str | os.PathLike[str], hub: Mapping[str, Any]) -> Any:

@@ -36,7 +36,7 @@ DRAWN = {"solver": "langevin", "relative_std": 0.3}
         ({"nodes": [{"energy": "laplace"}]}, "lacks the field 'pattern'"),
         ({"attention_energy": "learned_variance"}, "attention_energy='learned_variance' is not allowed"),
         ({"state_optimizer": "Adam"}, "state_optimizer='Adam' needs solver='lagrangian' or 'state', not 'error'"),
-        ({"relaxation_dtype": "float32"}, "relaxation_dtype='float32' is unknown; allowed: .'bfloat16', 'float16'"),
+        ({"relaxation_dtype": "float32"}, "relaxation_dtype='float32' is unknown; allowed: 'bfloat16', 'float16', None"),
         ({"relaxation_dtype": "float16", "solver": "state"}, "needs solver='error' or 'langevin', not 'state'"),
         ({"energy": "gausian"}, "energy='gausian'.*'gaussian'"),
         ({"solver": "adam"}, "solver='adam'.*'error'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -286,10 +287,12 @@ def test_a_recorded_model_is_given_up_at_once() -> None:
     model = gpt2()
     pc = recording(model, sweeps=2, relative_std=0.5)
     trained(pc, batches(WARM + 1))
+    recorder = weakref.ref(pc._recorder)
     gc.disable()
     try:
         del pc
-        PCModel(model, PCConfig())
+        assert recorder() is None
+        PCModel(model, PCConfig())  # which would raise if nodes of the other were left
     finally:
         gc.enable()
 

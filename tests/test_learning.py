@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from chains import NODES, X, Y, backprop
 from oracles.linear import LinearChain
 from test_invariants import batch, gradients, make, worst
-from test_solvers import NODES, X, Y, backprop
 from test_trainer import trained, trainer
 
 from hf_pc import PCConfig, PCModel, RelaxationOutput

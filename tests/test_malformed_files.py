@@ -13,7 +13,7 @@ import pytest
 from test_invariants import batch, make
 
 from hf_pc import NodeSpec, PCConfig, PCModel
-from hf_pc.config import read_json_file
+from hf_pc.json_files import read_json_file
 
 CONFIGS = [
     PCConfig(),

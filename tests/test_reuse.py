@@ -324,9 +324,12 @@ def test_learning_again_inside_one_relaxation() -> None:
     pc = PCModel(model, PCConfig(sweeps=3, relative_std=30.0))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     with pc.relaxed(batch()) as relaxation:
+        kept = []
         for _ in range(3):
             (pc.learning_pass(batch())[0] / relaxation.tokens).backward()
+            kept.append([site.leaf.detach().clone() for site in relaxation.sites])
             optimizer.step()
+    torch.testing.assert_close(kept[1:], kept[:1] * 2, rtol=0, atol=0)
 
 
 class Pair(NamedTuple):

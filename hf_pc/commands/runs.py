@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_pc.config import read_json_file
+from hf_pc.json_files import read_json_file
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -252,18 +253,18 @@ class SplitPCModel(PCModel):
 
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write the whole model from process 0, as `PCModel.save_pretrained`; called by every process."""
-        self._from_first(lambda state: self._write(Path(folder), state, kwargs))
+        self._from_first(lambda state: self._write(state, kwargs, folder))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload the whole model from process 0, as `PCModel.push_to_hub`; called by every process, returns there."""
 
         def upload(state: dict[str, Tensor]) -> Any:
-            return push(self, repo_id, lambda folder: self._write(Path(folder), state, {}), **options)
+            return push(self.model, self.config, repo_id, partial(self._write, state, {}), **options)
 
         return self._from_first(upload)
 
-    def _write(self, folder: Path, state: dict[str, Tensor], kwargs: dict[str, Any]) -> None:
-        if folder.is_file():
+    def _write(self, state: dict[str, Tensor], kwargs: dict[str, Any], folder: str | os.PathLike[str]) -> None:
+        if Path(folder).is_file():
             raise FileExistsError(f"{folder} is a file: a folder is needed")
         super().save_pretrained(folder, state_dict=state, **kwargs)
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chains import NODES, X, Y
 from oracles.linear import LinearChain
 from test_invariants import batch, gradients, make
-from test_solvers import NODES, X, Y
 from test_trainer import trainer
 
 from hf_pc import PCConfig, PCModel

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-NOTEBOOK = Path(__file__).parents[1] / "examples" / "first_steps.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "first_steps.ipynb"
 
 
 def test_the_notebook_runs(tmp_path: Path) -> None:

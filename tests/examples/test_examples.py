@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from hf_pc import PCConfig, PCModel
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
 import continual  # noqa: E402
 import equilibrium  # noqa: E402
