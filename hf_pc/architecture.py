@@ -32,6 +32,16 @@ def accepts(forward: Callable[..., Any], name: str) -> bool:
     return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
+def plainly(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs that a model answers with a dictionary, and keeps no keys and values of."""
+    batch, config = dict(inputs), getattr(model, "config", None)
+    if getattr(config, "use_cache", False) and accepts(model.forward, "use_cache"):
+        batch.setdefault("use_cache", False)
+    if not batch.get("return_dict", getattr(config, "return_dict", True)) and accepts(model.forward, "return_dict"):
+        batch["return_dict"] = True
+    return batch
+
+
 def positions(model: nn.Module) -> int | None:
     """How many tokens a model has positions for; None if it does not say, or has them without end."""
     config: Any = base_model(model).config

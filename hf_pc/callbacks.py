@@ -93,12 +93,13 @@ def _where(node: str | None) -> str:
 
 
 class PCProgressCallback(ProgressCallback):
-    """transformers' progress bar, with loss and free energy behind it instead of a line per training log."""
+    """transformers' progress bar, with loss and free energy behind it instead of a line per training log; other logs
+    are printed as ever."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is None or not state.is_world_process_zero or not logs:
             return
-        if any(name.startswith("eval_") for name in logs):
+        if "loss" not in logs:
             super().on_log(args, state, control, logs, **kwargs)
         shown = {name: f"{logs[name]:.3f}" for name in ("loss", "free_energy", "eval_loss") if name in logs}
         if shown:

@@ -1,10 +1,12 @@
-"""Checks of single values: errors that name the owner, the field, its value and what is allowed."""
+"""Checks of values: errors that name the owner, the field, its value and what is allowed; flags of a device."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from hf_pc.registry import nearest
 
@@ -46,6 +48,11 @@ def check_whole(owner: str, name: str, value: object, *, least: int, most: int |
     if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
         allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{owner}.{name}={value!r} is not allowed: a whole number {allowed} is needed")
+
+
+def known_to_hold(flags: Tensor) -> bool:
+    """Whether all hold, where the answer is at hand: False on a GPU, which would have to finish first."""
+    return flags.device.type == "cpu" and bool(flags.all())
 
 
 def check_flags(args: object, least: Mapping[str, int]) -> None:

@@ -111,10 +111,13 @@ def _check_energies(config: PCConfig) -> None:
             "PCConfig.attention_energy='learned_variance' is not allowed: the keys of a sequence are as many as its "
             "tokens, so no variance can be learned for each"
         )
-    if config.energy == "learned_variance" and config.relaxed_fraction is not None:
+    fields: dict[str, str | None] = {"PCConfig.energy": config.energy}
+    fields |= {f"NodeSpec {node.pattern!r}.energy": node.energy for node in config.specs if node.precision is None}
+    learning = [field for field, energy in fields.items() if energy == "learned_variance"]
+    if learning and config.relaxed_fraction is not None:
         raise ValueError(
-            "PCConfig.energy='learned_variance' needs precision or relative_std: a steered relaxed_fraction would "
-            "take back what the variances learn, until all are at their floor"
+            f"{learning[0]}='learned_variance' needs precision or relative_std: a steered relaxed_fraction would take "
+            "back what the variances learn, until all are at their floor"
         )
     if config.compile and config.attention_energy is not None:
         raise ValueError(

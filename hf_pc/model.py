@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_pc.architecture import (
-    accepts,
     auxiliary_loss,
     base_model,
-    is_encoder_decoder,
     layer_drop,
+    plainly,
     routes,
 )
 from hf_pc.attachment import Attachment
@@ -35,6 +34,7 @@ from hf_pc.learning import PLAIN, Phase, phases_of
 from hf_pc.measurements import EVERY_PHASE, add_sums, on_cpu, summary
 from hf_pc.node import LEARN, RELAX, Node, Strength
 from hf_pc.output import IGNORED, Output
+from hf_pc.padding import Padding, encoder_of
 from hf_pc.placement import innermost, resolve
 from hf_pc.processes import everywhere, is_sharded, process_count, process_index
 from hf_pc.readiness import check_float32, check_idle, check_mode, check_reached, check_weight_hooks
@@ -67,6 +67,7 @@ class PCModel(SavingMixin):
         name = self.config.attention_energy
         self._attention = None if name is None else AttentionNodes(model, name)
         self.output = Output.of(model, self.config.output)
+        self._encoder = encoder_of(model)
         self.solver = SOLVERS[self.config.solver](self.config)
         self.steering = Steering(self.config)
         lower = self.config.relaxation_dtype
@@ -80,7 +81,6 @@ class PCModel(SavingMixin):
         self._first_prediction = FirstPrediction(model, None if self._attention else innermost(self._module_nodes))
         self._statistics = RunningStatistics(model)
         self._numpy = draws_from_numpy(model)
-        self._takes = {name: accepts(model.forward, name) for name in ("use_cache", "return_dict")}
         self._own_labels: Tensor | None = None
         self._random: RandomState | None = None
         self._parameters: list[nn.Parameter] = []  # of the model, as a step found them; to list them takes long
@@ -209,6 +209,11 @@ class PCModel(SavingMixin):
                 check_weight_hooks(self._parameters, self.config, self.phases)
         batch, labels = self._split(inputs, phase)
         routed = routes(self.model, batch)  # a router's losses are gathered inside the blocks
+        if routed and weight_step is not None:
+            raise ValueError(
+                "weight_update='every_sweep' is not allowed with output_router_logits=True: only the last of a step's "
+                "weight updates would follow the router's loss"
+            )
         forward = self.model if weight_step is None or forward is None else forward
         self._counts = learns and phase.first
         over = True  # also where an exception ends the step
@@ -257,8 +262,7 @@ class PCModel(SavingMixin):
         relaxation = Relaxation(len(labels), count, strength, self.solver.join, phase, self._before, signs, self.share)
         if held is not None:
             relaxation.decide = held.decide
-        if not is_encoder_decoder(self.model):  # the mask of an encoder is none of its decoder
-            relaxation.note_padding(batch.get("attention_mask"))
+        relaxation.padding = Padding.of(self.model, batch, labels, self._encoder)
         if together:
             device = self._parameters[0].device
             relaxation.agree = lambda holds: everywhere(holds, device)
@@ -395,13 +399,7 @@ class PCModel(SavingMixin):
         if phase.own_labels:
             assert self._own_labels is not None
             labels = self._own_labels
-        config = getattr(self.model, "config", None)
-        if getattr(config, "use_cache", False) and self._takes["use_cache"]:
-            batch.setdefault("use_cache", False)
-        told = batch.get("return_dict", getattr(config, "return_dict", True))
-        if not told and self._takes["return_dict"]:
-            batch["return_dict"] = True
-        return batch, labels
+        return plainly(self.model, batch), labels
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:

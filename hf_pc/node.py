@@ -316,5 +316,6 @@ def _learned_signal(site: Site, sweep: Sweep, error: Tensor, signal: Tensor, gra
     target = error + site.step(gradient, sweep.step_size)
     if sweep.phase.followed:
         site.last_move = target
-    energy.observe(target, site.precision)
+    if sweep.phase.first:  # the errors that are reported; those of other strengths have another variance
+        energy.observe(target, site.precision)
     return energy.grad_prediction(target, site.prediction, site.precision)

@@ -179,7 +179,7 @@ class CategoricalOutput(Output):
         return labels.long()
 
     def check(self, logits: Tensor, labels: Tensor) -> None:
-        if logits.shape[:-1] != labels.shape:
+        if labels.shape not in (logits.shape[:-1], (*logits.shape[:-1], 1)):
             more = "; for one number per logit choose the output 'gaussian' or 'bernoulli'"
             wanted = "one class index per row of logits"
             raise _unfit(logits, labels, wanted, more if logits.shape == labels.shape else "")

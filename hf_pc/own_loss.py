@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_pc.architecture import auxiliary_loss, base_model, evaluating
+from hf_pc.architecture import auxiliary_loss, base_model, evaluating, plainly
 from hf_pc.batch_state import copied
 from hf_pc.output import IGNORED, GaussianOutput, Output
 from hf_pc.processes import is_sharded
@@ -59,6 +59,7 @@ def compare(model: nn.Module, inputs: Mapping[str, Any], output: Output) -> Comp
 
 
 def _compared(model: nn.Module, inputs: Mapping[str, Any], output: Output) -> Comparison:
+    inputs = plainly(model, inputs)
     batch, labels = output.split(inputs)
     if not labels.ne(IGNORED).any():
         return Comparison(NO_LABELS, "every label of the batch is ignored")

@@ -72,11 +72,21 @@ def check_weight_hooks(parameters: Iterable[nn.Parameter], config: PCConfig, pha
     )
     if config.cuda_graph:
         raise ValueError(f"{found}: PCConfig.cuda_graph=True would record what it does once; use another optimizer")
-    if len(phases) > 1 or not SOLVERS[config.solver].one_backward:
-        raise ValueError(
-            f"{found}; solver={config.solver!r} and learning={config.learning!r} accumulate gradients in parts: use "
-            "solver='error' with learning='plain', or an optimizer that steps afterwards"
-        )
+    if learns_in_parts(config, phases):
+        raise ValueError(f"{found}; {in_parts(config)}")
+
+
+def learns_in_parts(config: PCConfig, phases: Sequence[Phase]) -> bool:
+    """Whether the gradient of a step comes in more than one backward pass."""
+    return len(phases) > 1 or not SOLVERS[config.solver].one_backward
+
+
+def in_parts(config: PCConfig) -> str:
+    """Why there can be no optimizer that steps in the backward pass, and what to do."""
+    return (
+        f"solver={config.solver!r} and learning={config.learning!r} accumulate gradients in parts: use "
+        "solver='error' with learning='plain', or an optimizer that steps afterwards"
+    )
 
 
 def check_reached(model: nn.Module, relaxation: Relaxation) -> None:

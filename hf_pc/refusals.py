@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import TrainingArguments
+from transformers.trainer_utils import has_length
 from transformers.utils import find_labels
 
 from hf_pc.architecture import base_model, is_checkpointing, layer_drop
 from hf_pc.batch_state import NO_CHECKPOINTING
 from hf_pc.config import PCConfig
+from hf_pc.learning import phases_of
 from hf_pc.processes import at_once, process_count, process_index, same_everywhere
+from hf_pc.readiness import in_parts, learns_in_parts
 
 #: what question answering learns from
 SPANS = ("start_positions", "end_positions")
@@ -55,6 +58,10 @@ def refuse(args: TrainingArguments, config: PCConfig, model: nn.Module | None) -
             "noise out as well: use dropout='replay'"
         )
     _refuse_compilation(args)
+    optim = str(getattr(args.optim, "value", args.optim))
+    steps_in_backward = any(kind in optim for kind in IN_BACKWARD)
+    if steps_in_backward and learns_in_parts(config, phases_of(config.learning, config.strengths)):
+        raise ValueError(f"optim={optim!r} is not allowed, as it steps in the backward pass; {in_parts(config)}")
     if config.cuda_graph:
         _refuse_recording(args, checkpoints)
     if config.relaxation_dtype is not None and _mixed_precision(args) != "no":
@@ -200,7 +207,7 @@ def check_processes(args: TrainingArguments, config: PCConfig, train_dataset: An
 
     Called when training starts, by every process.
     """
-    rows = len(train_dataset) if isinstance(train_dataset, Sized) else None
+    rows = len(train_dataset) if has_length(train_dataset) else None
     own = {f"PCConfig.{name}": value for name, value in config.to_dict().items()}
     own |= {f"args.{name}": getattr(args, name) for name in SHARED} | {"rows of train_dataset": rows}
     same_everywhere(own)
@@ -240,7 +247,8 @@ def check_first_batch(batch: Mapping[str, Any]) -> None:
 
     What an iterable data set holds is known no sooner; later batches are filled up from the first one.
     """
-    empty = any(isinstance(value, Tensor) and value.ndim and not len(value) for value in batch.values())
+    labels = batch.get("labels")
+    empty = isinstance(labels, Tensor) and labels.ndim > 0 and not len(labels)
     at_once(
         f"the first batch has no sequence for process {process_index()}: train_dataset needs at least "
         f"{process_count()} rows, one for each process" if empty else None

@@ -18,6 +18,7 @@ from hf_pc.dtypes import exact, sum_dtype, wide
 from hf_pc.learning import PLAIN, Phase
 from hf_pc.measurements import OUTPUT_LABEL, on_cpu, residual
 from hf_pc.node import LEARN, RELAX, Boundary, LossScale, Node, Site, Strength
+from hf_pc.padding import Padding
 from hf_pc.top_signal import TopSignal
 
 #: between the seeds of two devices: those of processes are one apart, and a CPU's generator knows 32 bits of a seed
@@ -75,7 +76,7 @@ class Relaxation:
         self.signs = signs
         self._join = join
         self.tokens = tokens
-        self._present: Tensor | None = None  # where the batch is no padding, [batch, sequence]; None: everywhere
+        self.padding = Padding()
         self._strength = strength
         self.sites: list[Site] = []
         self._of_node: dict[str, list[Site]] = {}
@@ -167,23 +168,9 @@ class Relaxation:
         for site in self.sites:
             site.signal = None
 
-    def note_padding(self, mask: Any) -> None:
-        """Take up an attention mask, [batch, sequence]: where it is 0 no state moves, and no activity is measured."""
-        if isinstance(mask, Tensor) and mask.dim() == 2 and not known_to_hold(mask):
-            self._present = mask.ne(0)
-
-    def _present_at(self, site: Site) -> Tensor | None:
-        """Where a site's states are no padding, bool, broadcast against them; None: everywhere."""
-        mask, shape = self._present, site.shape
-        if mask is not None and len(shape) == 3 and shape[:2] == mask.shape:
-            return mask[:, :, None].to(site.error.device)
-        if mask is not None and site.node.in_nats and (shape[0], shape[2]) == mask.shape:  # logits of attention
-            return mask[:, None, :, None].to(site.error.device)
-        return None
-
     def without_padding(self, site: Site, values: Tensor) -> Tensor:
         """`values`, shaped as the states of a site, with zeros where the batch is padding."""
-        present = self._present_at(site)
+        present = self.padding.at(site)
         return values if present is None else torch.where(present, values, 0)
 
     def hold(self, weight: Tensor, gradient: Tensor) -> None:
@@ -205,7 +192,7 @@ class Relaxation:
         if self.at_rest:
             activity = self.without_padding(site, node.energy.activity(mu.detach()))
             site.prediction_norm = site.norm(activity, self.batch)
-            present = self._present_at(site)
+            present = self.padding.at(site)
             site.size = mu.numel() if present is None else present.expand(mu.shape).sum()
         if self.at_rest and node.energy.zero_at_rest:
             site.energy = site.zeros
@@ -413,8 +400,3 @@ def _check_keeps_sequences_apart(node: Node, mu: Tensor, batch: int) -> None:
 def _may_be_time_first(node: Node) -> bool:
     attentions = (module for module in node.module.modules() if isinstance(module, nn.MultiheadAttention))
     return node.time_first is None and any(not attention.batch_first for attention in attentions)
-
-
-def known_to_hold(flags: Tensor) -> bool:
-    """Whether all hold, where the answer is at hand: False on a GPU, which would have to finish first."""
-    return flags.device.type == "cpu" and bool(flags.all())

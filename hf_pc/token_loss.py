@@ -13,7 +13,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import default_compute_objective
 
-from hf_pc.architecture import auxiliary_loss
+from hf_pc.architecture import auxiliary_loss, plainly
 from hf_pc.callbacks import PCProgressCallback
 from hf_pc.dtypes import exact
 from hf_pc.output import IGNORED, Output
@@ -92,9 +92,9 @@ class TokenLossMixin(_TrainerPart):
         self._without_labels, self._warned_of_no_labels = 0, False
         return super().train(*args, **kwargs)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **kwargs: Any) -> Tensor:
         self._compare(model, inputs)
-        loss: Tensor = super().training_step(model, inputs, *rest)
+        loss: Tensor = super().training_step(model, inputs, *rest, **kwargs)
         return loss
 
     def _compare(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -159,7 +159,7 @@ class TokenLossMixin(_TrainerPart):
 
     def _output_energy(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         batch, labels = self.output.split(inputs)
-        outputs = model(**batch)
+        outputs = model(**plainly(self.accelerator.unwrap_model(model), batch))
         return self.output.total(outputs, labels), outputs
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -173,10 +173,13 @@ class TokenLossMixin(_TrainerPart):
             self._nats, self._tokens = self._nats + float(nats.sum()), self._tokens + float(tokens.sum())
         return result
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
+    ) -> Any:  # fmt: skip
         self._nats = self._tokens = 0.0
-        result = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
+        prefix = metric_key_prefix
+        result = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, prefix)
         if self._tokens:
             loss = self._nats / self._tokens
             result.metrics[f"{prefix}_loss"] = loss

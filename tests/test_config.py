@@ -35,8 +35,15 @@ DRAWN = {"solver": "langevin", "relative_std": 0.3}
         ({"dropout": "maybe"}, "dropout='maybe'"),
         ({"nodes": [{"energy": "laplace"}]}, "lacks the field 'pattern'"),
         ({"attention_energy": "learned_variance"}, "attention_energy='learned_variance' is not allowed"),
+        (
+            {"nodes": [{"pattern": "h.0", "energy": "learned_variance"}]},
+            "NodeSpec 'h.0'.energy='learned_variance' needs",
+        ),
         ({"state_optimizer": "Adam"}, "state_optimizer='Adam' needs solver='lagrangian' or 'state', not 'error'"),
-        ({"relaxation_dtype": "float32"}, "relaxation_dtype='float32' is unknown; allowed: 'bfloat16', 'float16', None"),
+        (
+            {"relaxation_dtype": "float32"},
+            "relaxation_dtype='float32' is unknown; allowed: 'bfloat16', 'float16', None",
+        ),
         ({"relaxation_dtype": "float16", "solver": "state"}, "needs solver='error' or 'langevin', not 'state'"),
         ({"energy": "gausian"}, "energy='gausian'.*'gaussian'"),
         ({"solver": "adam"}, "solver='adam'.*'error'"),
@@ -162,6 +169,7 @@ def test_replacing_the_strength() -> None:
         ("__import__('os').system('true')", "a name, or a name with named arguments"),
         ("SGD(momentum=print())", "not allowed"),
         ("Adam(betas=(0.9,))", "not allowed"),
+        ("SGD(maximize=True)", "maximize=True leads up the free energy"),
         ("Adam(foreach=True, fused=True)", "not allowed"),
     ],
 )

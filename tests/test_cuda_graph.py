@@ -49,7 +49,7 @@ def batches(count: int, rows: int = 3, length: int = 8, seed: int = 0) -> list[d
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is known before it is computed."""
-    for module in ("relaxation", "solvers.descent"):
+    for module in ("padding", "solvers.descent"):
         monkeypatch.setattr(f"hf_pc.{module}.known_to_hold", lambda flags: False)
 
 

@@ -138,7 +138,7 @@ def test_a_gpu_is_waited_for_at_the_ends_of_a_phase(learning: str, monkeypatch: 
     found = []
     for at_hand in (True, False):
         if not at_hand:
-            for module in ("relaxation", "solvers.descent"):
+            for module in ("padding", "solvers.descent"):
                 monkeypatch.setattr(f"hf_pc.{module}.known_to_hold", lambda flags: False)
         model = make("gpt2")
         pc = PCModel(model, PCConfig(sweeps=5, relative_std=1.0, learning=learning))  # type: ignore[arg-type]

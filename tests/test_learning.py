@@ -303,6 +303,20 @@ def test_an_overflow_in_one_phase_stays_there() -> None:
             assert relaxation.free_energy().isfinite().all()
 
 
+@pytest.mark.parametrize("learning", ["centred", "extrapolated", "one_sided", "wake_sleep"])
+def test_variances_are_learned_from_the_first_phase(learning: str) -> None:
+    """They are those of the errors that are reported, whatever other phases a rule has; errors of those count not."""
+    found = []
+    for rule in ("plain", learning):
+        settings: dict[str, Any] = {"energy": "learned_variance", "learning": rule, "relative_std": 0.3}
+        pc = PCModel(make("gpt2").double(), PCConfig(sweeps=4, **settings))
+        pc.accumulate_grad(**batch())
+        pc.steer()
+        found.append(torch.tensor([node.energy.state_dict()["log_std"] for node in pc.nodes]))
+    assert found[0].any()
+    assert torch.equal(*found)
+
+
 def test_rest_has_the_energy_of_its_variances() -> None:
     """Where no error has an energy, of a learned sigma, a warm phase is held against rest with it: nothing is refused
     that a cold one would take."""

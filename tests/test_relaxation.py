@@ -1,4 +1,4 @@
-"""`hf_pc.relaxation`: which runs of a node are which, and where a batch is padding."""
+"""`hf_pc.relaxation`: which runs of a node are which."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from transformers import GPT2LMHeadModel, ReformerConfig, ReformerModelWithLMHea
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_pc import PCConfig, PCModel, RelaxationOutput
-from hf_pc.energies import ENERGIES
-from hf_pc.node import Node, Site, Strength
-from hf_pc.relaxation import Relaxation
 
 
 class Again(nn.Module):
@@ -38,26 +35,6 @@ def test_one_run_more_than_at_rest_is_refused(more: int) -> None:
     pc = PCModel(Again(more), PCConfig(nodes="inner", relative_std=0.5, sweeps=3))
     with pytest.raises(RuntimeError, match=r"node 'inner' ran more often than in the first pass .*\(2 times\)"):
         pc.relax(x=torch.randn(5, 4), labels=torch.arange(5) % 4)
-
-
-@pytest.mark.parametrize(
-    ("shape", "logits", "masked"),
-    [((2, 4, 3), False, True), ((2, 4), False, False), ((2, 5, 3), False, False), ((2, 4, 3, 5), False, False),
-     ((8, 3), False, False), ((2, 3, 4, 6), True, True), ((2, 3, 4, 6), False, False), ((2, 4, 3, 5), True, False)],
-)  # fmt: skip
-def test_padding_is_found_in_states_of_its_own_shape(shape: tuple[int, ...], logits: bool, masked: bool) -> None:
-    """[batch, sequence, width], and logits of attention, [batch, heads, queries, keys]; no other states hold any."""
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    strength = Strength(1.0, 1.0, {})
-    relaxation = Relaxation(2, mask.sum(), strength, lambda relaxation, site, mu: mu)
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    site = Site(Node("n", nn.Identity(), ENERGIES["gaussian"](), in_nats=logits), "n", values, strength, 2)
-    for given, holds in ((torch.ones(2, 4), False), (mask[:, None, None], False), (None, False), (mask, masked)):
-        relaxation.note_padding(given)
-        expected = values.clone()
-        if holds:
-            expected[1, ..., 2:, :] = 0
-        assert torch.equal(relaxation.without_padding(site, values), expected)
 
 
 def reformer(positions: int) -> ReformerModelWithLMHead:

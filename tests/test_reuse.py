@@ -34,6 +34,13 @@ def albert() -> Any:
     return AlbertForMaskedLM(AlbertConfig(**sizes, num_hidden_layers=3, num_attention_heads=2)).train()
 
 
+def test_a_router_whose_loss_would_be_left_out_is_refused() -> None:
+    """Where weights move at every sweep, all but the last update would leave it out."""
+    pc = PCModel(mixtral(), PCConfig(solver="state", weight_update="every_sweep"))
+    with pytest.raises(ValueError, match="every_sweep' is not allowed with output_router_logits=True"):
+        pc.accumulate_grad(**batch(), weight_step=lambda loss: None)
+
+
 MODELS = {"gpt2": lambda: make("gpt2", dropout=0.1), "mixtral": mixtral, "albert": albert}
 
 

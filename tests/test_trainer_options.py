@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +14,25 @@ import pytest
 import torch
 from test_invariants import make
 from test_trainer import RELAXING, Poison, rows, trainer
+from torch.utils.data import IterableDataset
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
+    BertConfig,
+    BertForSequenceClassification,
     ProgressCallback,
     RobertaConfig,
     RobertaForMaskedLM,
     Trainer,
+    TrainerCallback,
 )
 
-from hf_pc import PCConfig, PCModel, PCTrainer, PCTrainingArguments
+from hf_pc import PCConfig, PCModel, PCTrainer, PCTrainingArguments, json_files
 from hf_pc.architecture import positions
 from hf_pc.callbacks import NonFiniteGuard
 from hf_pc.commands.runs import history
 from hf_pc.metrics import Regime
-from hf_pc.refusals import refuse
+from hf_pc.refusals import check_first_batch, refuse
 from hf_pc.trainer import BackpropTrainer
 
 MOVING = PCConfig(solver="state", sweeps=4, relative_std=0.3, step_size=0.3, weight_update="every_sweep")
@@ -131,10 +137,13 @@ def test_what_is_found_offline_is_looked_up_offline(tmp_path: Path, monkeypatch:
 
     asked: dict[str, Any] = {}
     real = hub.cached_file
-    monkeypatch.setattr(
-        hub, "cached_file", lambda path, name, **kw: asked.update({name: kw.get("local_files_only")}) or real(
-            path, name, **kw)
-    )  # fmt: skip
+
+    def noted(path: Any, name: str, **kw: Any) -> Any:
+        asked[name] = kw.get("local_files_only")
+        return real(path, name, **kw)
+
+    for module in (hub, json_files):
+        monkeypatch.setattr(module, "cached_file", noted)
     PCModel.from_pretrained(tmp_path, local_files_only=True)
     assert {asked[name] for name in ("pc_config.json", "pc_state.json", "config.json")} == {True}
 
@@ -247,3 +256,101 @@ def test_operations_are_those_of_all_sweeps(tmp_path: Path) -> None:
         run.train()
         counted.append(run.state.total_flos)
     assert counted[1] / counted[0] == pytest.approx(3)
+
+
+@pytest.mark.parametrize("optim", ["adalomo", "galore_adamw_layerwise"])
+@pytest.mark.parametrize("settings", [{"learning": "balanced"}, {"solver": "state"}])
+def test_optimizers_that_step_in_the_backward_pass(tmp_path: Path, optim: str, settings: dict[str, Any]) -> None:
+    """A gradient that comes in parts would be followed part by part."""
+    args = PCTrainingArguments(str(tmp_path), use_cpu=True, optim=optim)
+    with pytest.raises(ValueError, match=f"optim='{optim}' is not allowed, as it steps in the backward pass; solver="):
+        refuse(args, PCConfig(**settings), None)
+    refuse(args, PCConfig(), None)
+
+
+def test_logs_that_are_no_training_logs_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Evaluations under any name, the user's own logs and the summary at the end; of training logs the bar alone."""
+    run = trainer(tmp_path, max_steps=2, disable_tqdm=False)
+
+    class Logs(TrainerCallback):
+        def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+            run.evaluate(rows(4), metric_key_prefix="other")
+            run.log({"mine": 3.0})
+
+    run.add_callback(Logs())
+    run.train()
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("other_loss", "'mine'", "train_runtime"))
+    assert "grad_norm" not in said
+
+
+class Endless(IterableDataset[dict[str, Any]]):
+    """Rows without end."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return itertools.cycle(rows())
+
+
+def test_data_whose_length_cannot_be_asked_for(tmp_path: Path) -> None:
+    """Two data sets without a length, added up, have one that raises."""
+    run = trainer(tmp_path, max_steps=2, train_dataset=Endless() + Endless())
+    run.train()
+    assert run.state.global_step == 2
+
+
+def test_an_input_that_a_batch_has_none_of_is_no_missing_sequence(tmp_path: Path) -> None:
+    """As images of a batch of text alone; it is by its labels that a batch is known to be empty."""
+    check_first_batch({"labels": torch.zeros(2, 3), "pixel_values": torch.zeros(0, 3, 4, 4)})
+    with pytest.raises(ValueError, match="the first batch has no sequence"):
+        check_first_batch({"labels": torch.zeros(0, 3)})
+
+
+def classifier() -> BertForSequenceClassification:
+    """Of three classes."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(vocab_size=20, num_labels=3, **sizes))
+
+
+def classes() -> list[dict[str, Any]]:
+    return [{"input_ids": [i, i + 1, 3], "labels": i % 3} for i in range(8)]
+
+
+@pytest.mark.parametrize("cls", [PCTrainer, BackpropTrainer])
+def test_a_model_that_returns_tuples(tmp_path: Path, cls: Any) -> None:
+    """It trains, is compared with its own loss and is evaluated as one that returns dictionaries."""
+    ended = []
+    for told in (True, False):
+        model = classifier()
+        model.config.return_dict = told
+        run = trainer(tmp_path, RELAXING if cls is PCTrainer else None, cls, model=model, train_dataset=classes())
+        run.train()
+        assert run._compared
+        ended.append(run.evaluate(classes())["eval_loss"])
+    assert ended[0] == pytest.approx(ended[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("cls", [PCTrainer, BackpropTrainer])
+def test_arguments_of_a_step_and_of_an_evaluation_by_name_and_by_place(tmp_path: Path, cls: Any) -> None:
+    """A subclass that overrides both for both sides of a comparison calls them as transformers does."""
+
+    class Own(cls):  # type: ignore[misc]
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            return super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
+
+    run = trainer(tmp_path, RELAXING if cls is PCTrainer else None, Own)
+    run.train()
+    found = run.evaluation_loop(run.get_eval_dataloader(), "here", None, None, "there").metrics
+    assert {"there_loss", "there_perplexity"} <= set(found)
+    assert not any(name.startswith("eval_") for name in found)
+
+
+def test_class_labels_in_a_column(tmp_path: Path) -> None:
+    """[batch, 1], as rows of lists of one label are put together, is what [batch] is."""
+    found = []
+    for column in (False, True):
+        data = [{**row, "labels": [row["labels"]] if column else row["labels"]} for row in classes()]
+        run = trainer(tmp_path, model=classifier(), train_dataset=data)
+        run.train()
+        found.append(run.evaluate(data)["eval_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)

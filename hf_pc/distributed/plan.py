@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_pc.architecture import base_model, layer_drop
+from hf_pc.architecture import base_model, layer_drop, plainly
 from hf_pc.attachment import check_free
 from hf_pc.config import PCConfig
 from hf_pc.distributed.chain import Chain, trace
@@ -121,7 +121,4 @@ def _example(model: nn.Module, example: Mapping[str, Any] | None) -> dict[str, A
     if example is None:
         ids = torch.zeros(1, 2, dtype=torch.long, device=device)
         example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    batch = {name: value for name, value in example.items() if name != "labels"}
-    if getattr(getattr(model, "config", None), "use_cache", False):
-        batch.setdefault("use_cache", False)
-    return batch
+    return plainly(model, {name: value for name, value in example.items() if name != "labels"})

@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_pc.relaxation import Relaxation, known_to_hold
+from hf_pc.checks import known_to_hold
+from hf_pc.relaxation import Relaxation
 from hf_pc.solvers.acceleration import Acceleration
 
 GROW, SHRINK = 1.3, 0.4

@@ -28,6 +28,8 @@ def parse_optimizer(text: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
             raise ValueError(f"{name} is no class of torch.optim for dense tensors, such as 'SGD' or 'Adam'")
         if "lr" in arguments:
             raise ValueError("its learning rate is step_size")
+        if arguments.get("maximize"):
+            raise ValueError("maximize=True leads up the free energy")
         cls([torch.zeros(1)], lr=1.0, **arguments)  # type: ignore[call-arg]
     except (SyntaxError, TypeError, ValueError, LookupError, RuntimeError) as error:
         raise ValueError(f"PCConfig.state_optimizer={text!r} is not allowed: {error}") from None

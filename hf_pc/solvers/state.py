@@ -194,6 +194,7 @@ class StateSolver(Solver):
                 gradients = self.gradients(relaxation, energy)
             else:
                 weight_step(relaxation.loss(energy))
+                torch.clear_autocast_cache()  # of the weights as they were
                 gradients = self._closed(relaxation)
             mover.move(gradients)
             self.moved(relaxation)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracles.linear import LinearChain
 from oracles.states import Found, relax
+from test_invariants import batch, make
 from torch import Tensor
 
 from hf_pc import NodeSpec, PCConfig, PCModel
@@ -55,6 +56,24 @@ def test_every_sweep(solver: str, rate: float, piecewise: bool) -> None:
         pc = attach(model, sweeps, solver=solver, step_size=0.3)
         pc.solver.piecewise = piecewise  # type: ignore[attr-defined]
         check(model, pc, expected(model, sweeps, 0.3, multiplier_rate=rate))
+
+
+def test_sweeps_under_autocast_see_the_weights_that_moved() -> None:
+    """Autocast keeps a copy of each weight that learns: a step of the weights makes it an old one."""
+    found = []
+    for moves in (0.0, 1.0):
+        model = make("gpt2")
+        config = PCConfig(solver="state", sweeps=3, relative_std=0.3, step_size=0.0001, weight_update="every_sweep")
+        optimizer = torch.optim.SGD(model.parameters(), lr=moves)
+
+        def step(loss: torch.Tensor, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(PCModel(model, config).accumulate_grad(**batch(), weight_step=step).free_energy)
+    assert abs(found[0] - found[1]) > 0.01
 
 
 def test_the_automatic_step_of_the_lagrangian_is_fixed() -> None:
