@@ -73,6 +73,17 @@ def load_text(args: DataArguments, cache_dir: str | None, token: str | None) -> 
     return hold_out(raw, args.validation_split_percentage)
 
 
+def check_columns(file: str, data: Dataset, *wanted: str) -> None:
+    """Raise ValueError unless a file of rows has these columns, and each row something in each."""
+    if not set(wanted) <= set(data.column_names):
+        needed = " and ".join(map(repr, wanted))
+        raise ValueError(f"--train_file {file} has the columns {data.column_names}: {needed} are needed")
+    for name in wanted:
+        number = next((i for i, value in enumerate(data[name]) if value is None), None)
+        if number is not None:
+            raise ValueError(f"--train_file {file}: row {number + 1} has no {name!r}")
+
+
 def load_blocks(args: DataArguments, text: DatasetDict, model: Any, tokenizer: Any) -> tuple[Dataset, Dataset]:
     """Sequences to train and to validate on, each with `input_ids` and `labels`, [block_size].
 
@@ -90,6 +101,6 @@ def train_tokenizer(data: DatasetDict, vocabulary: int = 2048) -> PreTrainedToke
     bpe = ByteLevelBPETokenizer()
     column = text_column(data)
     bpe.train_from_iterator(
-        (row[column] for row in data["train"]), vocab_size=vocabulary, special_tokens=[END], show_progress=False
+        (row[column] or "" for row in data["train"]), vocab_size=vocabulary, special_tokens=[END], show_progress=False
     )
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END, pad_token=END)

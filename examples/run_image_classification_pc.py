@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
-from task import CommonArguments, TaskTrainingArguments, accuracy, class_labels, launch, parse
+from task import DEMO, CommonArguments, TaskTrainingArguments, accuracy, class_labels, launch, parse
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -56,6 +56,8 @@ def load(args: ImageArguments, seed: int) -> tuple[DatasetDict, list[str], Any]:
         data, names = Dataset.from_dict({"pixel_values": pixels, "labels": digits.target}), list(map(str, range(10)))
     else:
         raw = load_dataset("imagefolder", data_dir=args.train_dir, split="train")
+        if "label" not in raw.features:
+            raise ValueError(f"--train_dir {args.train_dir} holds no two folders of images, one for each class")
         processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
         names = raw.features["label"].names
 
@@ -71,7 +73,7 @@ def load(args: ImageArguments, seed: int) -> tuple[DatasetDict, list[str], Any]:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args, training, pc_config = parse(
         (ImageArguments, TaskTrainingArguments), argv,
-        output_dir="runs/images", learning_rate=1e-3, per_device_train_batch_size=32,
+        DEMO | {"learning_rate": 1e-3, "per_device_train_batch_size": 32}, output_dir="runs/images",
     )  # fmt: skip
     data, names, processor = load(args, training.seed)
     labels = class_labels(names)

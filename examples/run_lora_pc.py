@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig, TaskType, get_peft_model
-from task import TaskTrainingArguments, at_least, launch, parse
+from task import DEMO, TaskTrainingArguments, at_least, launch, parse
 from text_task import TextArguments, train
 
 
@@ -35,8 +35,9 @@ class LoraArguments:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args, lora, training, pc_config = parse(
-        (TextArguments, LoraArguments, TaskTrainingArguments), argv, output_dir="runs/lora", learning_rate=2e-3
-    )
+        (TextArguments, LoraArguments, TaskTrainingArguments), argv, DEMO | {"learning_rate": 2e-3},
+        output_dir="runs/lora",
+    )  # fmt: skip
     settings = LoraConfig(
         task_type=TaskType.SEQ_CLS, r=lora.lora_r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout,
         target_modules=lora.lora_target_modules, use_dora=lora.use_dora,

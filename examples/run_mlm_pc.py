@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from clm_data import DataArguments, load_blocks, load_text, train_tokenizer
-from task import SMALL_ENCODER, CommonArguments, TaskTrainingArguments, launch, parse
+from task import DEMO, SMALL_ENCODER, CommonArguments, TaskTrainingArguments, launch, parse
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -36,12 +36,15 @@ class MLMArguments(CommonArguments):
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args, text, training, pc_config = parse(
         (MLMArguments, DataArguments, TaskTrainingArguments), argv,
-        output_dir="runs/mlm", learning_rate=2e-3, max_steps=300, eval_steps=100, max_eval_samples=200,
+        DEMO | {"learning_rate": 2e-3, "max_steps": 300, "eval_steps": 100, "max_eval_samples": 200},
+        output_dir="runs/mlm",
     )  # fmt: skip
     raw = load_text(text, None, None)
     if args.model_name_or_path:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         model = AutoModelForMaskedLM.from_pretrained(args.model_name_or_path)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
     else:
         tokenizer = train_tokenizer(raw)
         tokenizer.add_special_tokens({"mask_token": "<mask>"})

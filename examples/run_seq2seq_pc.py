@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clm_data import END, DataArguments, load_text
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from clm_data import END, DataArguments, check_columns
+from datasets import Dataset, DatasetDict
 from standard_library import functions
-from task import CommonArguments, TaskTrainingArguments, at_least, first, launch, parse
+from task import DEMO, CommonArguments, TaskTrainingArguments, at_least, first, launch, parse
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     CONFIG_MAPPING,
@@ -28,6 +28,7 @@ from transformers import (
 
 from hf_pc import PCSeq2SeqTrainer, PCSeq2SeqTrainingArguments
 from hf_pc.comparison import run
+from hf_pc.text import load_files
 from hf_pc.trainer import BackpropSeq2SeqTrainer
 
 #: small networks of each type, without dropout so that both sides see the same function
@@ -50,6 +51,8 @@ class Arguments(CommonArguments):
     def __post_init__(self) -> None:
         if self.model_type not in MODELS:
             raise ValueError(f"--model_type {self.model_type} is unknown; allowed: {', '.join(MODELS)}")
+        if self.model_name_or_path and self.config_overrides:
+            raise ValueError("--config_overrides is for models trained from scratch, not with --model_name_or_path")
         at_least("max_source_length", self.max_source_length, 1)
         at_least("max_target_length", self.max_target_length, 2)
         at_least("max_train_samples", self.max_train_samples, 1)
@@ -59,22 +62,20 @@ class Arguments(CommonArguments):
 @dataclass
 class Seq2SeqExampleArguments(TaskTrainingArguments, PCSeq2SeqTrainingArguments):
     output_dir: str = field(default="runs/seq2seq", metadata={"help": "Where everything goes."})
-    max_steps: int = 400
-    per_device_eval_batch_size: int = 32
-    learning_rate: float = 3e-3
-    adam_beta2: float = 0.95
-    warmup_steps: float = 40
-    eval_steps: float | None = 100
+
+
+#: where the settings of the demonstration differ from those of the others
+SEQ2SEQ_DEMO: dict[str, Any] = DEMO | {
+    "max_steps": 400, "per_device_eval_batch_size": 32, "learning_rate": 3e-3, "adam_beta2": 0.95, "warmup_steps": 40,
+    "eval_steps": 100,
+}  # fmt: skip
 
 
 def load_pairs(args: Arguments) -> DatasetDict:
     """Splits "train" and "validation", columns "source" and "target"; every tenth pair validates."""
     if args.train_file:
-        data = concatenate_datasets(list(load_text(DataArguments(train_file=args.train_file), None, None).values()))
-        if not {"source", "target"} <= set(data.column_names):
-            raise ValueError(
-                f"--train_file {args.train_file} has the columns {data.column_names}: 'source' and 'target' are needed"
-            )
+        data = load_files(args.train_file)["train"]
+        check_columns(args.train_file, data, "source", "target")
     else:
         pairs = sorted({(f"{found.module} {found.signature}", found.line) for found in functions()})
         data = Dataset.from_dict({"source": [p[0] for p in pairs], "target": [p[1] for p in pairs]})
@@ -97,7 +98,9 @@ def build(args: Arguments, tokenizer: Any) -> Any:
     if args.model_name_or_path:
         return AutoModelForSeq2SeqLM.from_pretrained(args.model_name_or_path)
     config = CONFIG_MAPPING[args.model_type]()
-    config.update_from_string(args.config_overrides or MODELS[args.model_type])
+    config.update_from_string(MODELS[args.model_type])
+    if args.config_overrides:
+        config.update_from_string(args.config_overrides)
     config.vocab_size = len(tokenizer)
     config.pad_token_id = config.eos_token_id = config.decoder_start_token_id = tokenizer.eos_token_id
     config.bos_token_id = config.forced_eos_token_id = None
@@ -127,7 +130,7 @@ def show_examples(model: Any, tokenizer: Any, data: Any, longest: int, count: in
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     # cross-attention couples every decoder block to the encoder's errors: hence five sweeps
-    args, training, pc_config = parse((Arguments, Seq2SeqExampleArguments), argv, sweeps=5)
+    args, training, pc_config = parse((Arguments, Seq2SeqExampleArguments), argv, SEQ2SEQ_DEMO, sweeps=5)
     pairs = load_pairs(args)
     pairs["train"] = first(pairs["train"], args.max_train_samples)
     tokenizer = load_tokenizer(args, pairs)

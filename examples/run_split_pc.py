@@ -22,7 +22,7 @@ import torch
 from accelerate import PartialState
 from clm_data import DataArguments, load_blocks, load_text
 from run_clm_pc import ModelArguments, load_model_and_tokenizer
-from task import at_least, launch
+from task import at_least, flags, launch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, default_data_collator, get_scheduler, set_seed
@@ -95,6 +95,14 @@ def whole(folder: Path) -> Path:
     return before if before.is_dir() and not folder.is_dir() else folder
 
 
+def check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ValueError where the run in a folder was begun with another model, or other data."""
+    for name, value in now.items():
+        if before.get(name, value) != value:
+            raise ValueError(f"--output_dir {folder} holds a run whose {name} is {before[name] or 'its own'}, not "
+                             f"{value or 'its own'}: take another folder, or remove that one")  # fmt: skip
+
+
 def own_state(folder: Path, pc: SplitPCModel) -> Path:
     """The file of this process's optimizer. Raises ValueError if another number of processes saved it."""
     path = folder / f"process_{pc.neighbours.index}_of_{pc.neighbours.count}.pt"
@@ -108,15 +116,18 @@ def own_state(folder: Path, pc: SplitPCModel) -> Path:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = HfArgumentParser((ModelArguments, DataArguments, SplitArguments, PCConfig))  # type: ignore[arg-type]
     parser.set_defaults(solver="state", sweeps=12, relaxed_fraction=0.03, block_size=128)
-    model_args, data_args, args, config = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
+    model_args, data_args, args, config = parser.parse_args_into_dataclasses(flags(argv))
     at_least("batch_size", args.batch_size, 1)
-    at_least("max_steps", args.max_steps, 1)
+    for name in ("max_steps", "logging_steps", "save_steps"):
+        at_least(name, getattr(args, name), 1)
     device = PartialState(cpu=not torch.cuda.is_available()).device  # and the process group, if there are several
     set_seed(args.seed)
     data = load_text(data_args, model_args.cache_dir, model_args.token)
     last = whole(args.output_dir / "last")
     resumed = json.loads((last / "progress.json").read_text(encoding="utf-8")) if last.is_dir() else {"step": 0}
+    begun = {"model": model_args.model_name_or_path or model_args.config_name, "data": data_args.source}
     if resumed["step"]:
+        check_same(args.output_dir, resumed, begun)
         model_args.model_name_or_path, model_args.config_overrides = str(last), None
     model, tokenizer = load_model_and_tokenizer(model_args, data)
     train, valid = load_blocks(data_args, data, model, tokenizer)
@@ -154,7 +165,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
                      "random": torch.get_rng_state(),
                      "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}  # fmt: skip
-            save(pc, tokenizer, args.output_dir / "last", state, results)
+            save(pc, tokenizer, args.output_dir / "last", state, begun | results)
             if pc.stage.first:
                 print(json.dumps(results), flush=True)
     pc.detach()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import PartialState
 from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
 from transformers import EvalPrediction, HfArgumentParser, set_seed
 
 from hf_pc import PCConfig, PCTrainingArguments
+from hf_pc.trainer import NonFiniteEnergyError
 
 #: a small encoder without dropout, so that both sides see the same function
 SMALL_ENCODER = {
@@ -30,43 +35,94 @@ class CommonArguments:
 @dataclass
 class TaskTrainingArguments(PCTrainingArguments):
     output_dir: str = field(default="runs/task", metadata={"help": "Where everything goes."})
-    max_steps: int = 200
-    per_device_train_batch_size: int = 16
-    per_device_eval_batch_size: int = 64
-    learning_rate: float = 5e-4
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 20
-    do_train: bool = field(default=True, metadata={"help": "Train; --do_train false only evaluates."})
-    do_eval: bool = field(default=True, metadata={"help": "Evaluate."})
-    logging_steps: float = 10
-    eval_strategy: str = "steps"
-    eval_steps: float | None = 50
-    save_strategy: str = "no"
-    use_cpu: bool = not torch.cuda.is_available()
-    resume_from_checkpoint: str | None = None
+    use_cpu: bool = not torch.accelerator.is_available()
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint folder, or 'true' for the last."}
+    )
+
+
+#: where the settings of the demonstrations differ from those of TrainingArguments
+DEMO: dict[str, Any] = {
+    "do_train": True, "do_eval": True, "max_steps": 200, "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64, "learning_rate": 5e-4, "lr_scheduler_type": "cosine", "warmup_steps": 20,
+    "logging_steps": 10, "eval_strategy": "steps", "eval_steps": 50, "save_strategy": "no",
+    "use_cpu": not torch.cuda.is_available(),
+}  # fmt: skip
+#: a model, or data, of the user's: such a run is no demonstration
+OWN = ("model_name_or_path", "config_name", "train_file", "dataset_name", "train_dir")
 
 
 def launch(main: Callable[[], Any]) -> None:
     """Run a script: what the user got wrong is one line, and the process group is left in order."""
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, NonFiniteEnergyError, StrictDataclassError) as error:
         raise SystemExit(f"error: {error}") from None
     PartialState().destroy_process_group()  # left to the interpreter's exit, it may abort it
 
 
-def parse(kinds: tuple[Any, ...], argv: list[str] | None, **defaults: Any) -> tuple[Any, ...]:
+def parse(
+    kinds: tuple[Any, ...], argv: list[str] | None, demo: dict[str, Any] = DEMO, **defaults: Any
+) -> tuple[Any, ...]:
     """The given dataclasses, the last a kind of TrainingArguments, and a PCConfig; sets the seed.
 
     Args:
-        argv: None takes the command line's.
+        argv: flags, or the .json or .yaml file that holds them; None takes the command line's.
+        demo: defaults where nothing of `OWN` is given, but for those that a given flag stands against.
         defaults: of this example, where they differ from the dataclasses'.
     """
+    argv = flags(argv)
+    given = _given(kinds, argv)
     parser = HfArgumentParser((*kinds, PCConfig))
+    if not given.intersection(OWN):
+        outdone = {"max_steps"} if "num_train_epochs" in given else set()
+        outdone |= {"eval_strategy"} if "do_eval" in given else set()  # which would set it
+        parser.set_defaults(**{name: value for name, value in demo.items() if name not in outdone})
     parser.set_defaults(**defaults)
-    parsed: tuple[Any, ...] = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
-    set_seed(parsed[-2].seed)
+    parsed: tuple[Any, ...] = parser.parse_args_into_dataclasses(argv)
+    args = parsed[-2]
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise ValueError(f"--output_dir {args.output_dir} is a file: a folder is needed")
+    if not args.do_train and "do_eval" not in given:  # an eval_strategy sets do_eval by itself
+        args.do_train, args.do_eval = "do_train" not in given, True
+    set_seed(args.seed)
     return parsed
+
+
+def _given(kinds: tuple[Any, ...], argv: list[str]) -> set[str]:
+    """The names of the flags that are given, however they are spelt."""
+    parser = HfArgumentParser((*kinds, PCConfig))
+    nothing = object()
+    for action in parser._actions:
+        action.default = nothing
+    return {name for name, value in vars(parser.parse_known_args(argv)[0]).items() if value is not nothing}
+
+
+def flags(argv: list[str] | None) -> list[str]:
+    """The flags of a command line, or of the .json or .yaml file that it names. Raises ValueError if that is none.
+
+    Args:
+        argv: None takes the command line's.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) != 1 or not argv[0].endswith((".json", ".yaml", ".yml")):
+        return argv
+    path = Path(argv[0])
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
+    text = path.read_text(encoding="utf-8")
+    try:
+        given = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} holds no table of settings")
+    found: list[str] = []
+    for name, value in given.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            found += [f"--{name}", *map(str, values)]
+    return found
 
 
 def at_least(name: str, value: int | None, least: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clm_data import DataArguments, load_text, train_tokenizer
+from clm_data import DataArguments, check_columns, train_tokenizer
 from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from standard_library import functions
 from task import SMALL_ENCODER, CommonArguments, TaskTrainingArguments, accuracy, at_least, class_labels, first
@@ -21,7 +21,9 @@ from transformers import (
 )
 
 from hf_pc import PCConfig
+from hf_pc.architecture import positions
 from hf_pc.comparison import run
+from hf_pc.text import load_files
 
 
 @dataclass
@@ -51,16 +53,13 @@ def load(args: TextArguments) -> DatasetDict:
     if args.train_file is None:
         data = DatasetDict(train=docstrings(args.classes))
     else:
-        data = load_text(DataArguments(train_file=args.train_file, validation_file=args.validation_file), None, None)
-        columns = data["train"].column_names
-        if not {"text", "label"} <= set(columns):
-            raise ValueError(f"--train_file {args.train_file} has the columns {columns}: 'text', 'label' are needed")
-        # encoded as one: a class may be missing in a part
-        whole = concatenate_datasets(list(data.values())).class_encode_column("label")
-        cut = len(data["train"])
-        data = DatasetDict(train=whole.select(range(cut)), validation=whole.select(range(cut, len(whole))))
-        if whole.features["label"].num_classes < 2:
-            raise ValueError(f"--train_file {args.train_file} has one class alone: at least 2 are needed")
+        data = load_files(args.train_file, args.validation_file)
+        for part in data.values():
+            check_columns(args.train_file, part, "text", "label")
+        names = class_names([label for part in data.values() for label in part["label"]], args)
+        order = {name: i for i, name in enumerate(names)}
+        data = data.map(lambda row: {"label": order[str(row["label"])]}, load_from_cache_file=False)
+        data = data.cast_column("label", ClassLabel(names=names))
     if args.train_file is None or args.validation_file is None:
         whole = concatenate_datasets(list(data.values()))  # files are often sorted by class: not the last tenth
         held_out = range(0, len(whole), 10)
@@ -68,6 +67,24 @@ def load(args: TextArguments) -> DatasetDict:
         data = DatasetDict(train=whole.select(rest), validation=whole.select(held_out))
     data["train"] = first(data["train"], args.max_train_samples)
     return data
+
+
+def class_names(labels: list[Any], args: TextArguments) -> list[str]:
+    """The names of the classes, in the order of their indices: that of the checkpoint, where it knows these classes.
+
+    Raises:
+        ValueError: the labels are no classes, or all are one.
+    """
+    if any(isinstance(label, float) for label in labels):
+        raise ValueError(f"--train_file {args.train_file}: 'label' holds numbers such as {labels[0]}, not classes")
+    names = [str(label) for label in sorted(set(labels))]
+    if len(names) < 2:
+        raise ValueError(f"--train_file {args.train_file} has one class alone: at least 2 are needed")
+    if args.model_name_or_path:
+        known = AutoConfig.from_pretrained(args.model_name_or_path).label2id
+        if set(names) == set(known):
+            return sorted(names, key=lambda name: int(known[name]))
+    return names
 
 
 def docstrings(classes: int) -> Dataset:
@@ -80,25 +97,34 @@ def docstrings(classes: int) -> Dataset:
 
 
 def tokenizer_of(args: TextArguments, data: DatasetDict) -> Any:
-    return AutoTokenizer.from_pretrained(args.model_name_or_path) if args.model_name_or_path else train_tokenizer(data)
+    if not args.model_name_or_path:
+        return train_tokenizer(data)
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    if tokenizer.pad_token is None:  # as of decoders
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def model_of(args: TextArguments, data: DatasetDict, tokenizer: Any) -> Any:
+    """A classifier; with a new head where a checkpoint had other classes. Raises ValueError if texts are too long."""
     labels = class_labels(data["train"].features["label"].names)
     if args.model_name_or_path:
         config = AutoConfig.from_pretrained(args.model_name_or_path, **labels)
-        return AutoModelForSequenceClassification.from_pretrained(  # with a new head, where it had other classes
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        model = AutoModelForSequenceClassification.from_pretrained(
             args.model_name_or_path, config=config, ignore_mismatched_sizes=True
         )
-    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **SMALL_ENCODER, **labels)
-    return AutoModelForSequenceClassification.from_config(config)
+    else:
+        config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **SMALL_ENCODER, **labels)
+        model = AutoModelForSequenceClassification.from_config(config)
+    room = positions(model) or tokenizer.model_max_length
+    if args.max_seq_length > room:
+        raise ValueError(f"--max_seq_length {args.max_seq_length} is over the {room} positions of the model")
+    return model
 
 
 def options(args: TextArguments, data: DatasetDict, tokenizer: Any) -> dict[str, Any]:
     """What a Trainer takes: the tokenised data, the collator, the accuracy."""
-    positions = tokenizer.model_max_length if args.model_name_or_path else SMALL_ENCODER["max_position_embeddings"]
-    if args.max_seq_length > positions:
-        raise ValueError(f"--max_seq_length {args.max_seq_length} is over the {positions} positions of the model")
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
         return dict(tokenizer(rows["text"], truncation=True, max_length=args.max_seq_length))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from hf_pc.commands import card, compare, doctor, nodes, plot
@@ -72,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NonFiniteEnergyError as error:
         return _complain(args, str(error), FAILED)
     except (
-        ValueError, TypeError, AttributeError, ImportError, OSError, RuntimeError, LookupError, SafetensorError
+        ValueError, TypeError, AttributeError, ImportError, OSError, RuntimeError, LookupError, SafetensorError,
+        StrictDataclassError,
     ) as error:  # fmt: skip
         lines = str(error).splitlines() or [type(error).__name__]
         return _complain(args, lines[0], WRONG)

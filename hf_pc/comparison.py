@@ -20,6 +20,7 @@ from transformers import ProgressCallback, TrainerCallback
 from hf_pc.cards import ROWS, is_repository, shown_base, write_card
 from hf_pc.diagnostics.plots import plot_run
 from hf_pc.hub import push_run
+from hf_pc.json_files import read_json_file
 from hf_pc.measurements import regime
 from hf_pc.processes import at_once, gathered
 from hf_pc.provenance import command
@@ -191,11 +192,14 @@ def run(
 
 
 def finish(folder: Path, results: dict[str, Any], histories: dict[str, History]) -> None:
-    """Write all_results.json and learning.png."""
+    """Write all_results.json and learning.png; where nothing was trained, add to the figures that are there."""
     if {"pc_step_seconds", "bp_step_seconds"} <= results.keys():
         results["step_time_ratio"] = results["pc_step_seconds"] / results["bp_step_seconds"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    path = folder / "all_results.json"
+    if not histories and path.is_file():  # of a training, whose other figures stay
+        results |= read_json_file(path) | {name: value for name, value in results.items() if name.startswith("pc_")}
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if histories:
         plot_run(folder / "learning.png", histories)
 

@@ -27,8 +27,12 @@ def check_file(name: str, path: Path) -> None:
         raise ValueError(f"--{name} {path} is empty")
 
 
+def _suffix(path: str) -> str:
+    return Path(path).suffix.lower()
+
+
 def _kind(path: str) -> str:
-    return {".json": "json", ".jsonl": "json", ".csv": "csv"}.get(Path(path).suffix, "text")
+    return {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}.get(_suffix(path), "text")
 
 
 def load_files(train_file: str, validation_file: str | None = None, cache_dir: str | None = None) -> DatasetDict:
@@ -40,11 +44,13 @@ def load_files(train_file: str, validation_file: str | None = None, cache_dir: s
     files, kind = {"train": train_file}, _kind(train_file)
     if validation_file:
         files["validation"] = validation_file
-        if _kind(validation_file) != kind:
+        if _kind(validation_file) != kind or (kind == "csv" and _suffix(validation_file) != _suffix(train_file)):
             raise ValueError(
                 f"--train_file {train_file} and --validation_file {validation_file}: one kind of file is needed"
             )
     options: dict[str, Any] = {"keep_linebreaks": True} if kind == "text" else {}
+    if kind == "csv":
+        options["sep"] = "\t" if _suffix(train_file) == ".tsv" else ","
     try:
         return load_dataset(kind, data_files=files, cache_dir=cache_dir, **options)
     except DatasetGenerationError as error:
@@ -59,7 +65,8 @@ def hold_out(raw: DatasetDict, percentage: int) -> DatasetDict:
         ValueError: the column of text holds something else, or there is too little to split.
     """
     column = text_column(raw)
-    if not all(isinstance(row[column], str) for row in raw["train"].select(range(min(100, len(raw["train"]))))):
+    some = raw["train"].select(range(min(100, len(raw["train"]))))[column]
+    if not all(text is None or isinstance(text, str) for text in some):  # as a CSV file has an empty cell
         raise ValueError(f"column {column!r} of the training text holds something else than text")
     if "validation" in raw:
         return raw

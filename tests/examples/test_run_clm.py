@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import run_clm_pc
+from clm_data import DataArguments
+from task import TaskTrainingArguments, parse
 
 SMALL = "n_layer=2,n_embd=16,n_head=2,n_positions=32"
 KEYS = {
@@ -63,7 +65,8 @@ def test_what_a_run_leaves(tmp_path: Path, text: Path) -> None:
 )
 def test_what_a_run_does(tmp_path: Path, text: Path, flags: list[str], does: tuple[bool, bool]) -> None:
     """Without a word on it a run trains and evaluates; one that is told not to train evaluates alone."""
-    args = run_clm_pc.parse(["--output_dir", str(tmp_path), "--train_file", str(text), "--use_cpu", *flags])[2]
+    given = ["--output_dir", str(tmp_path), "--train_file", str(text), "--use_cpu", *flags]
+    args = parse((DataArguments, TaskTrainingArguments), given)[1]
     assert (args.do_train, args.do_eval) == does
 
 

@@ -56,6 +56,21 @@ def test_a_run_goes_on_from_its_last_checkpoint(
     assert {path.name for path in left.parent.glob("last*")} == {"last"}
 
 
+def test_a_run_of_another_model_is_refused(tmp_path: Path, flags: list[str]) -> None:
+    """A folder goes on with what it began with: a model, or a text, that is given later would not be used."""
+    out = ["--output_dir", str(tmp_path / "out"), "--save_steps", "4"]
+    run_split_pc.main([*flags, *out])
+    other = tmp_path / "other.txt"
+    other.write_text((tmp_path / "text.txt").read_text())
+    without = [flag for flag in flags if flag not in SMALL[:2]]
+    with pytest.raises(ValueError, match="holds a run whose model is its own, not M: take another folder"):
+        run_split_pc.main([*without, *out, "--model_name_or_path", "M"])
+    with pytest.raises(ValueError, match=r"holds a run whose data is text\.txt, not other\.txt"):
+        run_split_pc.main([*flags, *out, "--train_file", str(other)])
+    with pytest.raises(ValueError, match="--logging_steps 0"):
+        run_split_pc.main([*flags, *out, "--logging_steps", "0"])
+
+
 def test_a_checkpoint_of_other_processes_is_refused(tmp_path: Path, flags: list[str]) -> None:
     """The optimizer's state of two processes cannot be taken up by one: the error says how many there were."""
     run = [*flags, "--save_steps", "4", "--output_dir", str(tmp_path / "out")]
