@@ -39,7 +39,7 @@ class Phase:
         weight: of the phase's local gradient in the sum that the weights learn from.
         warm: errors begin where the first phase's expect them, not at rest.
         own_labels: the labels are drawn from the model's output.
-        at_rest: no relaxation: the phase learns backprop's gradient.
+        feedforward: no relaxation: the phase learns backprop's gradient.
         mirrored: every other sequence takes strength and weight with the opposite sign.
         first: a step begins with this phase, which is the one that is reported.
         last: a step ends with it.
@@ -50,7 +50,7 @@ class Phase:
     weight: float = 1.0
     warm: bool = False
     own_labels: bool = False
-    at_rest: bool = False
+    feedforward: bool = False
     mirrored: bool = False
     first: bool = True
     last: bool = True
@@ -63,7 +63,7 @@ class Phase:
 
     def passes(self, sweeps: int) -> int:
         """Passes that this phase makes of `sweeps`: two less where it does not start at rest."""
-        if self.at_rest:
+        if self.feedforward:
             return 1
         return max(1, sweeps - 2) if self.warm else sweeps
 
@@ -102,7 +102,9 @@ RULES: dict[str, tuple[Phase, ...]] = {
     "mirrored": (Phase(mirrored=True),),
     "balanced": _step(Phase(1.0, -1 / 3, mirrored=True), Phase(0.5, 8 / 3, warm=True, mirrored=True)),
     "one_sided": taken_to_zero(1.0, 0.5, 0.25, 0.125),
-    "wake_sleep": _step(Phase(), Phase(1.0, -1.0, own_labels=True), Phase(1.0, 1.0, own_labels=True, at_rest=True)),
+    "wake_sleep": _step(
+        Phase(), Phase(1.0, -1.0, own_labels=True), Phase(1.0, 1.0, own_labels=True, feedforward=True)
+    ),
 }
 
 

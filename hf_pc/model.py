@@ -534,7 +534,7 @@ class PCModel(SavingMixin):
         if phase.mirrored and phase.last:
             self.steering.count_rows(batch)
         if not phase.first:
-            counted = EVERY_PHASE if not phase.at_rest else ("sweeps", "bias", "nonfinite")
+            counted = EVERY_PHASE if not phase.feedforward else ("sweeps", "bias", "nonfinite")
             sums = {name: sums[name] for name in counted if name in sums}
         self.steering.observe(sums)
         return sums

@@ -38,7 +38,7 @@ class Comparison:
     text: str = ""
 
 
-def compare(model: nn.Module, inputs: Mapping[str, Any], output: Output) -> Comparison:
+def compare_with_own_loss(model: nn.Module, inputs: Mapping[str, Any], output: Output) -> Comparison:
     """Compare the energy per label with the model's own loss of a batch, in plain forward passes in evaluation mode.
 
     They differ where one is of shifted labels and the other is not, by a weight per class, by a second head. A

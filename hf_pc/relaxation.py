@@ -93,7 +93,7 @@ class Relaxation:
         self.decide: Callable[[Tensor], bool] = bool
         self.defers = False  # whether the first node's module is left to learn in a later phase
         self.step_size = 1.0
-        self.steps_last = not phase.at_rest  # whether the learning pass takes the last step
+        self.steps_last = not phase.feedforward  # whether the learning pass takes the last step
         self.seed: int | None = None  # of what is drawn
         self._generators: dict[torch.device, torch.Generator] = {}
         self.scale: Tensor | float = 1.0

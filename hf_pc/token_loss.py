@@ -17,7 +17,7 @@ from hf_pc.architecture import auxiliary_loss, plainly
 from hf_pc.callbacks import PCProgressCallback
 from hf_pc.dtypes import exact
 from hf_pc.output import IGNORED, Output
-from hf_pc.own_loss import NO_LABELS, OTHER_LOSS, OTHER_TASK, Comparison, compare
+from hf_pc.own_loss import NO_LABELS, OTHER_LOSS, OTHER_TASK, Comparison, compare_with_own_loss
 from hf_pc.processes import gathered
 from hf_pc.provenance import Secret
 
@@ -101,7 +101,7 @@ class TokenLossMixin(_TrainerPart):
         """Before the first step: whether what is learned is what the model's own loss is of."""
         if self._compared:
             return
-        own = compare(self.accelerator.unwrap_model(model), self._prepare_inputs(inputs), self.output)
+        own = compare_with_own_loss(self.accelerator.unwrap_model(model), self._prepare_inputs(inputs), self.output)
         found: list[Comparison] = gathered(own)  # so that all processes go on, or end, together
         for said in found:
             if said.verdict == OTHER_TASK:
@@ -170,6 +170,8 @@ class TokenLossMixin(_TrainerPart):
                 self.compute_loss(model, self._prepare_inputs(inputs))
         if self._evaluated:
             nats, tokens = self.accelerator.gather_for_metrics(tuple(self._evaluated))
+            if self.args.logging_nan_inf_filter:  # which leaves out what is no number, here by sequences
+                nats, tokens = nats[nats.isfinite()], tokens[nats.isfinite()]
             self._nats, self._tokens = self._nats + float(nats.sum()), self._tokens + float(tokens.sum())
         return result
 

@@ -86,7 +86,7 @@ def test_bias_at_the_last_node(learning: str) -> None:
             pc.learning_pass({"inputs": X, "labels": Y})[0].backward()
             sums = pc.observe(relaxation)
             errors = relaxation.sites[-1].leaf.detach()
-        if phase.at_rest:
+        if phase.feedforward:
             assert pc._own_labels is not None
             learned += (model(X)["logits"].detach() - pc._own_labels) @ head
         else:

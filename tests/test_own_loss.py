@@ -40,7 +40,7 @@ from transformers import (
 
 from hf_pc import PCConfig, PCModel, PCTrainer, PCTrainingArguments
 from hf_pc.output import Output
-from hf_pc.own_loss import NO_LABELS, NOT_COMPARED, OTHER_LOSS, SAME, compare
+from hf_pc.own_loss import NO_LABELS, NOT_COMPARED, OTHER_LOSS, SAME, compare_with_own_loss
 from hf_pc.trainer import BackpropTrainer
 
 BERT = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -138,7 +138,7 @@ def test_the_energy_is_the_own_loss(name: str) -> None:
     make_model, inputs = ALIKE[name]
     set_seed(0)
     model = make_model().eval()
-    assert compare(model, inputs, Output.of(model)).verdict == SAME
+    assert compare_with_own_loss(model, inputs, Output.of(model)).verdict == SAME
     pc = PCModel(model, PCConfig(sweeps=1))
     pc.accumulate_grad(**inputs)
     pc.detach()
@@ -175,7 +175,7 @@ def test_another_alignment_ends_the_run(tmp_path: Path, cls: Any) -> None:
         with pytest.raises(ValueError, match=said):
             trained(model, TEXT, tmp_path, cls)
     model.shifts_labels = True
-    assert compare(model, TEXT, Output.of(model)).verdict == SAME
+    assert compare_with_own_loss(model, TEXT, Output.of(model)).verdict == SAME
     causal = make("gpt2")
     causal.loss_function = as_they_are
     run = cls(model=causal, args=PCTrainingArguments(str(tmp_path), report_to=[], use_cpu=True),
@@ -197,7 +197,7 @@ def test_a_loss_of_its_own_is_not_followed(tmp_path: Path, caplog: pytest.LogCap
     """A run says once that it learns from the output energy."""
     set_seed(0)
     model = classes(Weighted)
-    assert compare(model, ONE_OF_THREE, Output.of(model)).verdict == OTHER_LOSS
+    assert compare_with_own_loss(model, ONE_OF_THREE, Output.of(model)).verdict == OTHER_LOSS
     with caplog.at_level(logging.WARNING, "hf_pc"):
         trained(model, ONE_OF_THREE, tmp_path)
     assert caplog.text.count("is not followed") == 1
@@ -216,7 +216,7 @@ def test_comparing_leaves_no_trace() -> None:
     model = Doubling(make("gpt2").config).train()
     inputs = {"inputs_embeds": torch.ones(2, 8, 32), "labels": torch.ones(2, 8).long()}
     before = [random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()]
-    assert compare(model, inputs, Output.of(model)).verdict == SAME
+    assert compare_with_own_loss(model, inputs, Output.of(model)).verdict == SAME
     assert bool((inputs["inputs_embeds"] == 1).all())
     assert all(module.training for module in model.modules())
     assert before == [random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()]
@@ -228,9 +228,9 @@ def test_where_there_is_nothing_to_compare(tmp_path: Path) -> None:
     model = make("gpt2")
     output = Output.of(model)
     none = {"input_ids": TEXT["input_ids"], "labels": torch.full_like(TEXT["labels"], -100)}
-    assert compare(model, none, output).verdict == NO_LABELS
+    assert compare_with_own_loss(model, none, output).verdict == NO_LABELS
     wrong = {"input_ids": TEXT["input_ids"], "labels": torch.full_like(TEXT["labels"], 999)}
-    assert compare(model, wrong, output).verdict == NOT_COMPARED
+    assert compare_with_own_loss(model, wrong, output).verdict == NOT_COMPARED
     model.loss_function = as_they_are
     rows = [{key: value[0] for key, value in batch.items()} for batch in (none, TEXT)]
     args = PCTrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, per_device_train_batch_size=1,
@@ -284,7 +284,7 @@ def test_a_comparison_that_fails_leaves_the_configuration() -> None:
     set_seed(0)
     model = classes()
     narrow = {**ONE_OF_THREE, "labels": ONE_OF_THREE["labels"].to(torch.uint8)}
-    assert compare(model, narrow, Output.of(model)).verdict == NOT_COMPARED
+    assert compare_with_own_loss(model, narrow, Output.of(model)).verdict == NOT_COMPARED
     assert model.config.problem_type is None
     wide = Output.of(model).split(ONE_OF_THREE)[1]
     assert torch.equal(Output.of(model).split(narrow)[1], wide)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -354,3 +355,20 @@ def test_class_labels_in_a_column(tmp_path: Path) -> None:
         run.train()
         found.append(run.evaluate(data)["eval_loss"])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_sequences_without_a_finite_loss_in_evaluation(tmp_path: Path, filtered: bool) -> None:
+    """`logging_nan_inf_filter` leaves them out of eval_loss, as transformers does; without it they are seen."""
+    run = trainer(tmp_path, logging_nan_inf_filter=filtered)
+    expected = run.evaluate(rows(10)[1:])["eval_loss"]
+    plain, first = run._output_energy, rows(1)[0]["input_ids"]
+
+    def broken(model: Any, inputs: Any) -> Any:
+        energy, outputs = plain(model, inputs)
+        wrong = (inputs["input_ids"] == torch.tensor(first)).all(1)
+        return torch.where(wrong, torch.nan, energy), outputs
+
+    run._output_energy = broken
+    found = run.evaluate(rows(10))["eval_loss"]
+    assert found == pytest.approx(expected, rel=1e-6) if filtered else math.isnan(found)

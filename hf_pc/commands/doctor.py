@@ -23,7 +23,7 @@ from hf_pc.learning import cost
 from hf_pc.measurements import regime
 from hf_pc.model import PCModel
 from hf_pc.output import Output
-from hf_pc.own_loss import OTHER_TASK, SAME, compare
+from hf_pc.own_loss import OTHER_TASK, SAME, compare_with_own_loss
 from hf_pc.placement import resolve
 
 HELP = "check a model: its own loss, gradients at T = 1, curvature, time and memory of a step, what would fail"
@@ -117,7 +117,7 @@ def _nodes(model: Any, config: PCConfig) -> dict[str, Any]:
 
 
 def _loss(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    found = compare(model, batch, Output.of(model))
+    found = compare_with_own_loss(model, batch, Output.of(model))
     verdict = {SAME: OK, OTHER_TASK: FAILED}.get(found.verdict, WARNING)
     return _row("output energy against the model's own loss", found.verdict, verdict, found.text)
 
