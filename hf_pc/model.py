@@ -119,7 +119,7 @@ class PCModel(SavingMixin):
         self._recorder = None  # and with it the memory of recorded steps
 
     def _visit(self, node: Node, mu: Tensor) -> Tensor | None:
-        if self.relaxation is None:
+        if self.relaxation is None or not self.relaxation.sweeps:  # a pass of somebody else
             return None
         return self.relaxation.visit(node, mu)
 

@@ -139,7 +139,13 @@ def _matches(pattern: str, name: str) -> bool:
 
 def _by_pattern(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     names = dict(model.named_modules())
-    found = {name: module for name, module in names.items() if name and _matches(pattern, name)}
+    base = base_model(model)
+    outer = next(name for name, module in names.items() if module is base)  # of PEFT, whose own patterns leave it out
+    prefix = f"{outer}." if outer else ""
+    found = {
+        name: module for name, module in names.items()
+        if name and (_matches(pattern, name) or _matches(pattern, name.removeprefix(prefix)))
+    }  # fmt: skip
     tower = text_tower(model)
     for name, module in found.items():
         if tower is not None and name != tower and not _inside(name, tower):
@@ -180,8 +186,18 @@ def innermost(nodes: Sequence[Node]) -> nn.Module:
 
 def _check_weights(model: nn.Module) -> None:
     """Raise ValueError if weights are no numbers that a gradient passes through."""
+    base = base_model(model)
+    method = getattr(getattr(base, "hf_quantizer", None), "quantization_config", None)
+    quantised = method is not None or getattr(base, "is_quantized", False)
+    if quantised and not getattr(method, "dequantize", False):
+        raise ValueError(
+            f"{type(base).__name__} was loaded with quantised weights ({type(method).__name__}), which predictive "
+            "coding cannot relax through: load it in float32 or bfloat16"
+        )
     for name, module in model.named_modules():
-        own = next((n for n, p in module.named_parameters(recurse=False) if not p.is_floating_point()), None)
+        own = next(
+            (n for n, p in module.named_parameters(recurse=False) if not p.is_floating_point() or p.itemsize < 2), None
+        )
         if own is not None or ".quantized." in type(module).__module__:
             what = type(module).__name__ if own is None else f"{own} of dtype {getattr(module, own).dtype}"
             raise ValueError(f"module {name!r} has quantised weights ({what}), which predictive coding cannot relax "

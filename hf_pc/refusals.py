@@ -33,7 +33,7 @@ SPLITS = {
 
 
 #: of the settings of activation checkpointing those that say where, not how; alone they mean non-reentrant
-TRAINERS_OWN = ("every_n_layers", "offload")
+TRAINERS_OWN = ("every_n_layers", "offload", "selective")
 
 #: optimizers of transformers that step in the backward pass
 IN_BACKWARD = ("layerwise", "lomo")

@@ -80,21 +80,21 @@ class SavingMixin:
         Args:
             path_or_repo: a folder or a Hub repository.
             auto_class: such as AutoModelForCausalLM; default: the class that the model, or the base model of an
-                adapter, was saved from.
+                adapter, was saved from. An adapter is a PEFT model again, whose adapter learns.
             config: used instead of `pc_config.json`.
             kwargs: for `auto_class.from_pretrained`; revision, token, cache_dir, subfolder, local_files_only and
                 force_download go to both.
 
         Raises:
-            ValueError: the model was saved from a class that transformers does not have, and no auto_class is given.
+            ValueError: the model was saved from a class that transformers does not have, and no auto_class is given;
+                an adapter names no base model.
         """
         if kwargs.get("output_loading_info"):
             raise ValueError("output_loading_info=True is not allowed: load the model, and give it to PCModel")
         hub: dict[str, Any] = {k: kwargs[k] for k in HUB_OPTIONS if k in kwargs}
         found = None if config else read_json(path_or_repo, STATE_NAME, **hub)
         config = config or PCConfig.from_pretrained(path_or_repo, **hub)
-        auto_class = auto_class or _class_of(path_or_repo, hub)
-        pc = cls(auto_class.from_pretrained(path_or_repo, **kwargs), config)
+        pc = cls(_load(path_or_repo, auto_class, kwargs), config)
         if found is not None:
             pc.load_state_dict(found)
         return pc
@@ -113,17 +113,25 @@ class SavingMixin:
         return push(self.model, self.config, repo_id, self.save_pretrained, **options)
 
 
-def _class_of(path_or_repo: str | os.PathLike[str], hub: Mapping[str, Any]) -> Any:
-    """What of transformers loads a checkpoint, or the base model of an adapter and the adapter into it."""
+def _load(path_or_repo: str | os.PathLike[str], auto_class: Any, kwargs: Mapping[str, Any]) -> nn.Module:
+    """The model of a checkpoint, or the base model of an adapter with the adapter on it, which learns."""
+    hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     settings = read_json(path_or_repo, "config.json", **hub)
     adapter = None if settings else read_json(path_or_repo, "adapter_config.json", **hub)
-    if not isinstance(adapter, Mapping):
-        return loaded_by(settings)
-    if (known := adapted(adapter.get("task_type"))) is not None:
-        return known
-    own = {name: hub[name] for name in set(HUB_OPTIONS) - {"revision", "subfolder"} if name in hub}
+    if not isinstance(adapter, Mapping) or getattr(auto_class, "__module__", "").startswith("peft"):
+        return (auto_class or loaded_by(settings)).from_pretrained(path_or_repo, **kwargs)  # type: ignore[no-any-return]
+    from peft import PeftModel
+
     base = adapter.get("base_model_name_or_path")
-    return loaded_by(read_json(base, "config.json", revision=adapter.get("revision"), **own) if base else None)
+    if not base:
+        raise ValueError(f"{path_or_repo} is an adapter that names no base model: load it with PEFT, and give it to "
+                         "PCModel")  # fmt: skip
+    own = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+    if adapter.get("revision"):
+        own["revision"] = adapter["revision"]
+    known = auto_class or adapted(adapter.get("task_type"))
+    found = known or loaded_by(read_json(base, "config.json", **{n: own[n] for n in HUB_OPTIONS if n in own}))
+    return PeftModel.from_pretrained(found.from_pretrained(base, **own), path_or_repo, is_trainable=True, **hub)
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:

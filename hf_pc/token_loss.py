@@ -39,10 +39,15 @@ class TokenLossMixin(_TrainerPart):
     loss_is_scaled_for_ga = True
 
     def __init__(self, model: Any = None, args: Any = None, *rest: Any, output: str = "auto", **kwargs: Any) -> None:
-        given = model if isinstance(model, nn.Module) else None
+        given = model if isinstance(model, nn.Module) and kwargs.get("peft_config") is None else None
         self._check(given, args, kwargs)  # before the Trainer makes its output folder
-        super().__init__(model, args, *rest, **kwargs)
-        if given is None or args is None or rest:  # what only the Trainer knew, such as the first of `model_init`
+        if rest:
+            super().__init__(model, args, *rest, **kwargs)
+        else:  # by name, as other Trainers may take something else first
+            named = {"model": model, "args": args}
+            super().__init__(**{name: value for name, value in named.items() if value is not None}, **kwargs)
+        # what only the Trainer knew, such as the first of `model_init`, or the adapter that it put on the model
+        if self.model is not given or args is None or rest:
             self._check(self.model, self.args, {"compute_loss_func": self.compute_loss_func})
         if self.args.hub_token is not None:
             self.args.hub_token = Secret(self.args.hub_token)

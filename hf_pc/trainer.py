@@ -29,6 +29,7 @@ from hf_pc.heatmap import EnergyHeatmap
 from hf_pc.learning import cancels_in_each_sequence, cost, phases_of
 from hf_pc.measurements import add_sums, first_nonfinite, on_cpu, summary
 from hf_pc.model import PCModel
+from hf_pc.node import LEARN
 from hf_pc.placement import resolve
 from hf_pc.processes import gathered, is_sharded, naming_the_lost, reducing
 from hf_pc.pushing import PushMixin
@@ -207,6 +208,11 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
                 self._synchronised(model, phase.last),
             ):
                 loss: Tensor = super().training_step(model, dict(inputs), items)
+                if relaxation.mode != LEARN:
+                    raise ValueError(
+                        f"the training_step of {type(self).__name__} computes a loss of its own, by other passes than "
+                        "that of compute_loss: what is learned here is the output energy"
+                    )
                 measured.append(pc.measured(relaxation))
                 if logged is None:
                     # the feedforward pass's loss, not that of states which have seen the labels

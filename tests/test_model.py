@@ -7,6 +7,7 @@ import gc
 import json
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_pc import PCConfig, PCModel
+from hf_pc.architecture import base_model
 from hf_pc.auto_classes import loaded_by
 
 
@@ -100,7 +102,11 @@ def test_an_adapter_is_loaded_into_what_it_was_made_for(tmp_path: Path, task: st
     pc = PCModel(get_peft_model(base, config), PCConfig(sweeps=2, relative_std=0.2))
     pc.save_pretrained(tmp_path / "adapter")
     loaded = PCModel.from_pretrained(tmp_path / "adapter")
-    assert type(loaded.model) is kind
+    assert type(base_model(loaded.model)) is kind
+    assert [node.name for node in loaded.nodes] == [node.name for node in pc.nodes]
+    assert [n for n, p in loaded.model.named_parameters() if p.requires_grad] == [
+        n for n, p in pc.model.named_parameters() if p.requires_grad
+    ]  # fmt: skip
     ids = torch.arange(8)[None]
     for model in (pc.model, loaded.model):
         model.eval()
@@ -200,6 +206,16 @@ def test_wrong_uses_are_named() -> None:
     with pytest.raises(ValueError, match=r"module '.*' has quantised weights"):
         PCModel(quantised, PCConfig())
     assert not any(module._forward_hooks for module in quantised.modules())
+    eighths = make("llama")
+    eighths.lm_head.weight.data = eighths.lm_head.weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"module 'lm_head' has quantised weights .*torch\.float8_e4m3fn"):
+        PCModel(eighths, PCConfig())
+    loaded = make("llama")
+    for dequantize in (False, True):
+        method = SimpleNamespace(dequantize=dequantize)
+        loaded.hf_quantizer = SimpleNamespace(quantization_config=method)
+        with nullcontext() if dequantize else pytest.raises(ValueError, match="was loaded with quantised weights"):
+            PCModel(loaded, PCConfig()).detach()
     integers = make("gpt2")
     del integers.transformer.h[1].mlp.c_fc.weight
     integers.transformer.h[1].mlp.c_fc.weight = torch.nn.Parameter(torch.ones(32, 128).to(torch.int8), False)

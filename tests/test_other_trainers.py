@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 from test_invariants import gradients, worst
@@ -16,7 +18,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Pre
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import SFTConfig, SFTTrainer
 
-from hf_pc import PCConfig, PCModel, PCTrainerMixin
+from hf_pc import PCConfig, PCModel, PCTrainerMixin, PCTrainingArguments
 
 
 class PCSFTTrainer(PCTrainerMixin, SFTTrainer):
@@ -31,22 +33,50 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<e>", pad_token="<e>", bos_token="<e>")
 
 
-def tuned(folder: Path, cls: Any, **extra: Any) -> tuple[torch.Tensor, Any]:
+def tuned(
+    folder: Path, cls: Any, kind: Any = SFTConfig, curvature_steps: int | None = None, frozen: bool = False,
+    **extra: Any,
+) -> tuple[torch.Tensor, Any]:  # fmt: skip
     set_seed(0)
     given = tokenizer()
     sizes = {"vocab_size": len(given), "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
     drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = GPT2LMHeadModel(GPT2Config(**sizes, **drops, bos_token_id=0, eos_token_id=0))
     rows = [{"prompt": f"what is {i}?", "completion": f" it is {i * i}"} for i in range(32)]
-    args = SFTConfig(
+    model.requires_grad_(not frozen)
+    more = {} if curvature_steps is None else {"curvature_steps": curvature_steps}
+    args = kind(
         output_dir=str(folder), max_steps=3, logging_steps=1, report_to=[], use_cpu=True, learning_rate=0.1,
         per_device_train_batch_size=4, optim="sgd", save_strategy="no", disable_tqdm=True,
-        bf16=False,
+        bf16=False, **more,
     )  # fmt: skip
     data = Dataset.from_list(rows)
     run = cls(model=model, args=args, train_dataset=data, eval_dataset=data, processing_class=given, **extra)
     run.train()
     return torch.cat([p.detach().flatten() for p in model.parameters()]), run
+
+
+@dataclass
+class Both(PCTrainingArguments, SFTConfig):
+    """What a PC run needs, and what TRL does."""
+
+
+def test_arguments_of_both(tmp_path: Path) -> None:
+    """A dataclass of both kinds of arguments is taken for TRL's, and its PC settings are followed."""
+    given = {"pc_config": PCConfig(sweeps=2, relative_std=0.5), "curvature_steps": 2}
+    _, run = tuned(tmp_path, PCSFTTrainer, kind=Both, **given)
+    assert any("curvature" in entry for entry in run.state.log_history)
+
+
+@pytest.mark.parametrize("nodes", [["base_model.model.transformer.h.0"], [r"transformer\.h\.\d+"], "block"])
+def test_an_adapter_that_the_trainer_makes(tmp_path: Path, nodes: Any) -> None:
+    """Nodes are looked for on what is trained, by names with PEFT's prefix or without it, as PEFT's own patterns; a
+    base model that is frozen has an adapter to learn."""
+    settings = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], init_lora_weights=False)
+    config = PCConfig(nodes=nodes, sweeps=2, relative_std=0.5)
+    _, run = tuned(tmp_path, PCSFTTrainer, frozen=True, peft_config=settings, pc_config=config)
+    assert all(("lora" in name) == p.requires_grad for name, p in run.model.named_parameters())
+    assert any(entry.get("relaxed_fraction", 0) > 0 for entry in run.state.log_history)
 
 
 def test_supervised_fine_tuning(tmp_path: Path) -> None:

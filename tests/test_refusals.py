@@ -145,3 +145,12 @@ def test_a_process_without_a_sequence_is_refused() -> None:
     check_first_batch({"labels": torch.zeros(1, 4), "scale": torch.tensor(1.0)})
     with pytest.raises(ValueError, match="the first batch has no sequence for process 0: train_dataset needs"):
         check_first_batch({"labels": torch.zeros(0, 4)})
+
+
+@pytest.mark.parametrize("settings", [{"selective": True}, {"selective": False, "every_n_layers": 2}])
+def test_checkpointing_that_is_chosen_elsewhere(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """TRL's own setting says what is kept, and means checkpointing that is not reentrant."""
+    args = PCTrainingArguments(
+        str(tmp_path), use_cpu=True, gradient_checkpointing=True, gradient_checkpointing_kwargs=settings
+    )
+    refuse(args, PCConfig(), None)

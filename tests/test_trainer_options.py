@@ -28,7 +28,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from hf_pc import PCConfig, PCModel, PCTrainer, PCTrainingArguments, json_files
+from hf_pc import PCConfig, PCModel, PCTrainer, PCTrainerMixin, PCTrainingArguments, json_files
 from hf_pc.architecture import positions
 from hf_pc.callbacks import NonFiniteGuard
 from hf_pc.commands.runs import history
@@ -372,3 +372,38 @@ def test_sequences_without_a_finite_loss_in_evaluation(tmp_path: Path, filtered:
     run._output_energy = broken
     found = run.evaluate(rows(10))["eval_loss"]
     assert found == pytest.approx(expected, rel=1e-6) if filtered else math.isnan(found)
+
+
+def test_trainers_that_take_something_else_first(tmp_path: Path) -> None:
+    """What is given by name reaches the Trainer by name."""
+
+    class First(Trainer):
+        def __init__(self, sampler: str, *rest: Any, **kwargs: Any) -> None:
+            super().__init__(*rest, **kwargs)
+            self.sampler = sampler
+
+    class Named(Trainer):
+        def __init__(self, *, sampler: str, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.sampler = sampler
+
+    args = PCTrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    for kind in (First, Named):
+        run = type("Own", (PCTrainerMixin, kind), {})(model=make("gpt2"), args=args, sampler="mine")
+        assert (run.sampler, run.args) == ("mine", args)
+
+
+@pytest.mark.parametrize("sweeps", [1, 3])
+def test_a_training_step_with_a_loss_of_its_own(tmp_path: Path, sweeps: int) -> None:
+    """One that never asks for the output energy would learn something else: that is said in the first step."""
+
+    class Own(Trainer):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            loss = model(**inputs).loss
+            self.accelerator.backward(loss)
+            return torch.as_tensor(loss.detach())
+
+    config = PCConfig(sweeps=sweeps, relative_std=0.3, tolerance=0.01 if sweeps > 1 else 0.0)
+    run = trainer(tmp_path, config, type("Mine", (PCTrainerMixin, Own), {}))
+    with pytest.raises(ValueError, match="the training_step of Mine computes a loss of its own"):
+        run.train()
