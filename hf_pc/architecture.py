@@ -32,10 +32,18 @@ def accepts(forward: Callable[..., Any], name: str) -> bool:
     return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
+def setting(model: nn.Module, name: str, default: Any) -> Any:
+    """What the configuration of a model says; a model of images or sounds and text may have it with its text."""
+    config: Any = getattr(base_model(model), "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    found = getattr(config, name, None)
+    return getattr(text, name, default) if found is None else found
+
+
 def plainly(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs that a model answers with a dictionary, and keeps no keys and values of."""
     batch, config = dict(inputs), getattr(model, "config", None)
-    if getattr(config, "use_cache", False) and accepts(model.forward, "use_cache"):
+    if setting(model, "use_cache", False) and accepts(model.forward, "use_cache"):
         batch.setdefault("use_cache", False)
     if not batch.get("return_dict", getattr(config, "return_dict", True)) and accepts(model.forward, "return_dict"):
         batch["return_dict"] = True
@@ -110,19 +118,18 @@ def layer_drop(model: nn.Module) -> str | None:
 
 def auxiliary_loss(model: nn.Module, outputs: Any) -> Tensor | float:
     """A mixture of experts' router losses, weighted as its own forward does when it is given labels; else 0."""
-    config = getattr(base_model(model), "config", None)
+    base: Any = base_model(model)
     total: Tensor | float = 0.0
     for kind in ("aux_loss", "z_loss"):
         names = (kind, f"encoder_{kind}", f"decoder_{kind}")
         if parts := [outputs[name] for name in names if outputs.get(name) is not None]:
-            weight = getattr(config, f"router_{kind}_coef", None)
-            if weight is None:  # a model of images and text may have it with its text
-                weight = getattr(getattr(config, "text_config", None), f"router_{kind}_coef", 0.0)
+            weight = setting(model, f"router_{kind}_coef", None)
+            if weight is None:  # as of DBRX and JetMoE, which say so themselves
+                weight = getattr(base, f"router_{kind}_coef", getattr(base, f"{kind}_coef", 0.0))
             total += weight * sum(parts)
     return total
 
 
 def routes(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     """Whether a pass over these inputs has a router loss, which reaches into every block."""
-    config = getattr(base_model(model), "config", None)
-    return bool(inputs.get("output_router_logits", getattr(config, "output_router_logits", False)))
+    return bool(inputs.get("output_router_logits", setting(model, "output_router_logits", False)))

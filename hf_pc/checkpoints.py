@@ -44,7 +44,7 @@ class CheckpointMixin(_TrainerPart):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = Path(self._get_output_dir(trial))
-        if self.is_world_process_zero():
+        if self.is_local_process_zero():  # each machine may have a disk of its own
             shutil.rmtree(run / UNFINISHED, ignore_errors=True)  # of a run that ended while it wrote
         self.accelerator.wait_for_everyone()
         self._writing = run / UNFINISHED

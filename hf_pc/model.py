@@ -36,7 +36,7 @@ from hf_pc.node import LEARN, RELAX, Node, Strength
 from hf_pc.output import IGNORED, Output
 from hf_pc.padding import Padding, encoder_of
 from hf_pc.placement import innermost, resolve
-from hf_pc.processes import everywhere, is_sharded, process_count, process_index
+from hf_pc.processes import changes_buffers, everywhere, is_sharded, process_count, process_index
 from hf_pc.readiness import check_float32, check_idle, check_mode, check_reached, check_weight_hooks
 from hf_pc.recorder import Recorder
 from hf_pc.relaxation import Relaxation, Share
@@ -84,6 +84,7 @@ class PCModel(SavingMixin):
         self._own_labels: Tensor | None = None
         self._random: RandomState | None = None
         self._parameters: list[nn.Parameter] = []  # of the model, as a step found them; to list them takes long
+        self._devices: set[torch.device] = set()  # those of weights and batch: what is sharded may lie elsewhere
         self._confirm: Callable[[], bool] | None = None
         self._defers = self._sharded = self._counts = False
         self._freezes = False  # whether no weight requires grad at present
@@ -174,7 +175,7 @@ class PCModel(SavingMixin):
         """Labels of the model's own, shaped as `labels`; what is drawn for them counts for nothing behind it."""
         assert self.relaxation is not None
         assert self.relaxation.seed is not None
-        with undrawn(p.device for p in self._parameters):
+        with undrawn(self._devices):
             torch.manual_seed(self.relaxation.seed)
             return self.output.draw(logits, labels)
 
@@ -205,6 +206,8 @@ class PCModel(SavingMixin):
             self._before = None
             self._first_prediction.forget()
             self._parameters = list(self.model.parameters())
+            given = [value for value in inputs.values() if isinstance(value, Tensor)]
+            self._devices = {tensor.device for tensor in (*self._parameters, *given)}
             if learns:
                 check_weight_hooks(self._parameters, self.config, self.phases)
         batch, labels = self._split(inputs, phase)
@@ -214,6 +217,7 @@ class PCModel(SavingMixin):
                 "weight_update='every_sweep' is not allowed with output_router_logits=True: only the last of a step's "
                 "weight updates would follow the router's loss"
             )
+        spoils = changes_buffers(forward)
         forward = self.model if weight_step is None or forward is None else forward
         self._counts = learns and phase.first
         over = True  # also where an exception ends the step
@@ -228,12 +232,11 @@ class PCModel(SavingMixin):
             self._defers = later and not routed
             if phase.first:  # the phases of a step see the same dropout masks
                 recorded = self._buffers is not None
-                devices = (p.device for p in self._parameters)
-                self._random = NothingDrawn() if recorded else RandomState(devices, self._numpy)
+                self._random = NothingDrawn() if recorded else RandomState(self._devices, self._numpy)
             with without_dropout(self.model) if self.config.dropout == "off" else nullcontext():
                 # whether the module of the first node learns through what the first pass has of it
                 keeps = learns and phase.first and not together and not routed and self.solver.one_backward
-                keeps = keeps and self._first_prediction.may_learn()
+                keeps = keeps and not spoils and self._first_prediction.may_learn()
                 reuses = weight_step is None and not routed
                 self._confirm = self._relax(batch, labels, weight_step, forward, keeps=keeps, reuses=reuses)
                 yield self.relaxation
@@ -264,7 +267,7 @@ class PCModel(SavingMixin):
             relaxation.decide = held.decide
         relaxation.padding = Padding.of(self.model, batch, labels, self._encoder)
         if together:
-            device = self._parameters[0].device
+            device = max(self._devices, key=lambda device: device.type != "cpu")
             relaxation.agree = lambda holds: everywhere(holds, device)
         relaxation.lower = self._lower
         relaxation.weights = [p for p in self._parameters if p.requires_grad]
@@ -294,7 +297,7 @@ class PCModel(SavingMixin):
         assert random is not None
 
         def sweep() -> Tensor:
-            with lowered((p.device for p in self._parameters), None if relaxation.at_rest else self._lower):
+            with lowered(self._devices, None if relaxation.at_rest else self._lower):
                 try:
                     energy = self._pass(forward, batch, labels)[1]
                 except RunsAgain:

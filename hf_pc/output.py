@@ -17,7 +17,14 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForSequenceClassificationLoss
+from transformers.loss.loss_utils import (
+    LOSS_MAPPING,
+    ForCausalLMLoss,
+    ForMaskedLMLoss,
+    ForQuestionAnsweringLoss,
+    ForSequenceClassificationLoss,
+    ForTokenClassification,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_pc.architecture import base_model, is_encoder_decoder, virtual_tokens
@@ -32,6 +39,9 @@ UNSHIFTED = frozenset((
     "XLNetLMHeadModel",
 ))  # fmt: skip
 
+#: transformers' losses that are sums over labels
+SUMS = (ForCausalLMLoss, ForMaskedLMLoss, ForQuestionAnsweringLoss, ForSequenceClassificationLoss,
+        ForTokenClassification)  # fmt: skip
 #: the outputs of what transformers calls a `problem_type`, where it is not the categorical one
 PROBLEMS = {"regression": "gaussian", "multi_label_classification": "bernoulli"}
 
@@ -76,6 +86,11 @@ class Output(ABC):
             if problem is None and getattr(config, "num_labels", 2) == 1 and any("Classification" in k for k in kinds):
                 problem = "regression"
             name = PROBLEMS.get(str(problem), "categorical")
+        if chosen and loss is not None and loss not in SUMS:
+            raise ValueError(
+                f"{type(base).__name__} learns by {loss.__name__}, which is no sum over labels of what the logits say "
+                "of each: no output energy stands for it (where one does, name it as PCConfig.output)"
+            )
         told = getattr(model, "shifts_labels", getattr(base, "shifts_labels", None))
         shifted = causal and not encoder_decoder if told is None else bool(told)
         virtual = virtual_tokens(model) if shifted else 0

@@ -58,10 +58,14 @@ class Padding:
     def at(self, site: Site) -> Tensor | None:
         """Where a site's states are none, bool, broadcast against them; None: everywhere."""
         mask, shape = self._encoded if site.node.module in self._encoder else self._present, site.shape
-        if mask is not None and len(shape) == 3 and shape[:2] == mask.shape:
-            return mask[:, :, None].to(site.error.device)
-        if mask is not None and site.node.in_nats and (shape[0], shape[2]) == mask.shape:  # logits of attention
-            return mask[:, None, :, None].to(site.error.device)
+        if mask is None or len(shape) < 2:
+            return None
+        if site.node.in_nats:  # logits of attention, [rows, heads, queries, keys]
+            return mask[:, None, :, None].to(site.error.device) if (shape[0], shape[2]) == mask.shape else None
+        if len(shape) > 2 and shape[:2] == mask.shape:
+            return mask.view(*mask.shape, *[1] * (len(shape) - 2)).to(site.error.device)
+        if len(shape) == 2 and shape[0] == mask.numel():  # [rows * sequence, features]
+            return mask.reshape(-1, 1).to(site.error.device)
         return None
 
 

@@ -1,7 +1,7 @@
 """Which modules of a model become PC nodes: presets found by structure, and patterns.
 
 A block is what transformers marks with `GradientCheckpointingLayer`; a model without that marker is searched for its
-longest list of equal modules.
+longest list of equal modules and its like.
 """
 
 from __future__ import annotations
@@ -47,14 +47,18 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _longest_list(model: nn.Module, least: int) -> dict[str, nn.Module]:
-    """The longest list of equal modules; of lists of one, which hold a shared layer, the innermost."""
+    """The longest list of equal modules, and all others of the same class, as of further stages; of lists of one,
+    which hold a shared layer, the innermost."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) < max(least, len(found) + (least > 1)):
             continue
         if len(set(map(type, module))) == 1 and not isinstance(module[0], NEVER_CALLED):
             found = {f"{name}.{i}": child for i, child in enumerate(module)}
-    return found
+    kind = type(next(iter(found.values()), None))
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    alike = [(name, module) for name, module in lists if least > 1 and {type(child) for child in module} == {kind}]
+    return {f"{name}.{i}": child for name, module in alike for i, child in enumerate(module)} or found
 
 
 def _linear_like(module: nn.Module) -> bool:
@@ -209,8 +213,10 @@ def time_first(model: nn.Module, name: str) -> bool | None:
     says; None where none of them does.
 
     An attribute `time_first` says so, XLNet's blocks have it so, and torch's transformer layers and attention have it
-    so without `batch_first`.
+    so without `batch_first`. Gemma 3n's blocks, though not what is in them, have their streams first instead.
     """
+    if type(model.get_submodule(name)).__name__ == "Gemma3nTextDecoderLayer":
+        return True
     path = name.split(".")
     around = (model.get_submodule(".".join(path[:end])) for end in range(len(path), -1, -1))
     return next((told for module in around if (told := _says_time_first(module)) is not None), None)

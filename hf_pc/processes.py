@@ -81,6 +81,13 @@ def everywhere(holds: bool, device: torch.device) -> bool:
     return bool(vote.item())
 
 
+def changes_buffers(forward: Any) -> bool:
+    """Whether a distributed wrapper copies the first process's buffers into a model before a pass, so that no graph of
+    the model can be kept over that: before torch 2.13 autograd takes the copy for a change."""
+    syncs = getattr(forward, "will_sync_module_buffers", None)
+    return torch.__version__ < "2.13" and callable(syncs) and bool(syncs())
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether a model is sharded by FSDP2: then every pass gathers its parameters, on all processes at once."""
     if not _several():

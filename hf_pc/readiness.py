@@ -64,7 +64,9 @@ def check_mode(config: PCConfig, steps_weights: bool) -> None:
 
 def check_weight_hooks(parameters: Iterable[nn.Parameter], config: PCConfig, phases: Sequence[Phase]) -> None:
     """Raise ValueError where something steps weights as soon as a part of their gradient is there."""
-    if not any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
+    hooked = [p for p in parameters if getattr(p, "_post_accumulate_grad_hooks", None)]
+    # transformers averages what replicas hold of a model that was sharded while it was loaded: twice is once
+    if all(getattr(p, "_replicated_grad_hook_registered", False) for p in hooked):
         return
     found = (
         "a weight has a hook that runs once its gradient is accumulated, as of optimizers that step in the backward "

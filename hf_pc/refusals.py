@@ -20,10 +20,13 @@ from hf_pc.readiness import in_parts, learns_in_parts
 
 #: what question answering learns from
 SPANS = ("start_positions", "end_positions")
-#: settings of TrainingArguments that all processes must share, or one of them waits for passes that never come
+#: settings of TrainingArguments that all processes must share, or one of them waits for passes that never come, or
+#: has other weights than the others
 SHARED = (
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
-    "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps",
+    "gradient_accumulation_steps", "logging_steps", "logging_strategy", "eval_steps", "eval_strategy", "save_steps",
+    "save_strategy", "load_best_model_at_end", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim",
+    "weight_decay", "max_grad_norm", "curvature_steps", "nonfinite_patience",
 )  # fmt: skip
 #: kinds of parallelism that split a sequence or a layer, by what ParallelismConfig and DistributedConfig call them
 SPLITS = {
@@ -202,14 +205,17 @@ def _refuse_sharding(args: TrainingArguments) -> None:
         )
 
 
-def check_processes(args: TrainingArguments, config: PCConfig, train_dataset: Any) -> None:
+def check_processes(args: TrainingArguments, config: PCConfig, train_dataset: Any, eval_dataset: Any = None) -> None:
     """Raise ValueError, on every process, where processes were given different things, or too little for each.
 
     Called when training starts, by every process.
     """
     rows = len(train_dataset) if has_length(train_dataset) else None
+    several = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    evaluated = {name: len(data) if has_length(data) else None for name, data in several.items()}
     own = {f"PCConfig.{name}": value for name, value in config.to_dict().items()}
-    own |= {f"args.{name}": getattr(args, name) for name in SHARED} | {"rows of train_dataset": rows}
+    own |= {f"args.{name}": getattr(args, name, None) for name in SHARED}
+    own |= {"rows of train_dataset": rows, "rows of eval_dataset": evaluated}
     same_everywhere(own)
     count = process_count()
     if rows is not None and count > 1 and rows < count:

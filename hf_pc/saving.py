@@ -131,7 +131,10 @@ def _load(path_or_repo: str | os.PathLike[str], auto_class: Any, kwargs: Mapping
         own["revision"] = adapter["revision"]
     known = auto_class or adapted(adapter.get("task_type"))
     found = known or loaded_by(read_json(base, "config.json", **{n: own[n] for n in HUB_OPTIONS if n in own}))
-    return PeftModel.from_pretrained(found.from_pretrained(base, **own), path_or_repo, is_trainable=True, **hub)
+    model: nn.Module = PeftModel.from_pretrained(
+        found.from_pretrained(base, **own), path_or_repo, is_trainable=True, **hub
+    )
+    return model
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:

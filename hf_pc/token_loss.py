@@ -142,7 +142,7 @@ class TokenLossMixin(_TrainerPart):
         share = labels.ne(IGNORED).sum().to(energy.device) / items
         routing = share * self._auxiliary(outputs)
         loss = energy.sum() / items + routing
-        counted = learning or num_items_in_batch is not None  # over all processes, then
+        counted = num_items_in_batch is not None  # over all processes, then
         if counted and self.args.average_tokens_across_devices:
             loss, routing = loss * self.accelerator.num_processes, routing * self.accelerator.num_processes
         self._routing = routing.detach()

@@ -138,7 +138,7 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
         self._warned = False
         try:
             with naming_the_lost(str(self.args.output_dir)):
-                check_processes(self.args, self.pc_config, self.train_dataset)
+                check_processes(self.args, self.pc_config, self.train_dataset, self.eval_dataset)
                 result = super().train(resume_from_checkpoint, *rest, **kwargs)
         finally:
             if self.pc is not None:
@@ -264,7 +264,8 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
         """Incremental PC (arXiv 2212.00720): a step of the weights' optimizer after each relaxing sweep."""
         divisor = max(items, 1) if items is not None else self.output.count(self.output.split(inputs)[1])
         # processes average their gradients, as in `compute_loss`
-        factor = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        averaged = items is not None and self.args.average_tokens_across_devices
+        factor = self.accelerator.num_processes if averaged else 1
 
         def step(loss: Tensor) -> None:
             self.accelerator.backward(factor * loss / divisor)

@@ -212,8 +212,8 @@ INTRODUCTION = """# Models
 
 Measured by the tests on tiny random models of each architecture, in float64, with padding and unequal numbers of
 labels; `python tests/architectures.py` prints this page. Any other architecture works by structure: its blocks are
-what transformers checkpoints one by one, else its longest list of equal modules. Where neither is found, the error
-says which pattern to give.
+what transformers checkpoints one by one, else its longest list of equal modules and others of that class. Where
+neither is found, the error says which pattern to give.
 
 - blocks: nodes of the preset `block`. ALBERT has one layer that runs several times, each time with a state of its own.
 - attention: whether attention logits can be nodes (`attention_energy`).

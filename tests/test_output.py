@@ -15,7 +15,9 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForSequenceClassification,
+    SegformerForSemanticSegmentation,
     Wav2Vec2Config,
+    Wav2Vec2ForCTC,
     Wav2Vec2ForSequenceClassification,
 )
 
@@ -177,3 +179,16 @@ def test_labels_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="labels that are not finite are not allowed"):
         GaussianOutput().convert(torch.tensor([torch.inf]))
     assert GaussianOutput().energy(torch.ones(2, 1), torch.zeros(2)).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [(Wav2Vec2ForCTC, "ForCTCLoss"), (SegformerForSemanticSegmentation, "ForSemanticSegmentationLoss")],
+)
+def test_losses_that_no_output_stands_for(kind: Any, loss: str) -> None:
+    """A loss that is no sum over labels is refused by name, before anything is tried; another output may be named."""
+    with torch.device("meta"):
+        model = kind(kind.config_class())
+    with pytest.raises(ValueError, match=f"{kind.__name__} learns by {loss}, which is no sum over labels"):
+        Output.of(model)
+    assert isinstance(Output.of(model, "gaussian"), GaussianOutput)

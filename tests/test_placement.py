@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LNTuningConfig, get_peft_model
 from test_invariants import gradients, make, worst
+from torch import nn
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2QFormerConfig,
     Blip2VisionConfig,
     CLIPVisionConfig,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ConvNextModel,
+    FunnelBaseModel,
+    FunnelConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -22,7 +30,8 @@ from transformers import (
 )
 
 from hf_pc import PCConfig, PCModel
-from hf_pc.placement import resolve
+from hf_pc.architecture import auxiliary_loss, plainly, routes
+from hf_pc.placement import blocks, resolve
 
 IMAGE = 2  # the token that stands for a patch; an image has four
 
@@ -109,3 +118,52 @@ def test_norms_that_an_adapter_wraps_are_no_linear_maps(nodes: str) -> None:
     before = len(resolve(model, PCConfig(nodes=nodes)))
     tuned = get_peft_model(model, LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm"]))
     assert len(resolve(tuned, PCConfig(nodes=nodes))) == before
+
+
+@pytest.mark.parametrize(
+    ("build", "count"),
+    [
+        (lambda: ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 5, 2])), 9),
+        (lambda: FunnelBaseModel(FunnelConfig(vocab_size=20, block_sizes=[2, 1, 2], d_model=16, n_head=2, d_head=8,
+                                              d_inner=16)), 5),
+    ],
+)  # fmt: skip
+def test_every_stage_has_nodes(build: Callable[[], nn.Module], count: int) -> None:
+    """Lists of the longest one's class are blocks as well, whatever their length."""
+    found = blocks(build())
+    assert len(found) == count
+    assert len({type(block) for block in found.values()}) == 1
+
+
+def test_an_image_model_of_several_stages_learns_as_by_backprop() -> None:
+    """At T = 1, with a node behind each layer of each stage."""
+    set_seed(0)
+    config = ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 5, 1], num_labels=3, drop_path_rate=0.0)
+    model = ConvNextForImageClassification(config).double()
+    inputs = {"pixel_values": torch.randn(2, 3, 64, 64).double(), "labels": torch.tensor([0, 2])}
+    model(**inputs).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    pc = PCModel(model, PCConfig(sweeps=1))
+    assert len(pc.nodes) == 8
+    pc.accumulate_grad(**inputs)
+    assert worst(expected, gradients(model)) < 1e-9
+
+
+def test_settings_of_the_text_inside() -> None:
+    """A model of images and text keeps no keys and values, and has its router's loss, as its text part says."""
+    text = SimpleNamespace(use_cache=True, output_router_logits=True, router_aux_loss_coef=0.5)
+
+    class Both(nn.Module):
+        config = SimpleNamespace(get_text_config=lambda: text)
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool | None = None) -> None: ...
+
+    assert plainly(Both(), {}) == {"use_cache": False}
+    assert routes(Both(), {})
+    assert not routes(Both(), {"output_router_logits": False})
+    assert float(auxiliary_loss(Both(), {"aux_loss": torch.tensor(2.0)})) == 1.0
+    other = Both()
+    other.config = SimpleNamespace()
+    other.aux_loss_coef = 0.25  # type: ignore[assignment]
+    assert float(auxiliary_loss(other, {"aux_loss": torch.tensor(2.0)})) == 0.5

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from pairs import HERE, Ended, together
 from scenarios import SCENARIOS, build, learn, logs
-from test_invariants import make
+from test_invariants import batch, make
 
 from hf_pc import PCConfig, PCModel
+from hf_pc.processes import changes_buffers
+from hf_pc.rng import RandomState
 
 JOB = str(HERE / "train_processes.py")
 Found = Callable[[str, int], Any]
@@ -156,3 +159,28 @@ def test_checkpoint_loads_without_hf_pc(tmp_path: Path) -> None:
     )
     (ended,) = together("-c", code, logs=tmp_path / "logs", count=1)
     assert ended.code == 0, ended.output[-3000:]
+
+
+@pytest.mark.parametrize(("version", "expected"), [("2.12.1", True), ("2.13.0+cpu", False)])
+def test_a_wrapper_that_copies_buffers(monkeypatch: pytest.MonkeyPatch, version: str, expected: bool) -> None:
+    """As DistributedDataParallel does: before torch 2.13 no graph can be kept over its forward pass."""
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    assert changes_buffers(SimpleNamespace(will_sync_module_buffers=lambda: True)) is expected
+    assert not changes_buffers(SimpleNamespace(will_sync_module_buffers=lambda: False))
+    assert not changes_buffers(torch.nn.Linear(1, 1))
+
+
+def test_where_a_batch_lies_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are offloaded are on the CPU, and dropout draws where the batch is: both generators are kept."""
+    kept: list[set[torch.device]] = []
+
+    class Noted(RandomState):
+        def __init__(self, devices: Any, numpy: bool) -> None:
+            kept.append(set(devices))
+            super().__init__([], numpy)
+
+    monkeypatch.setattr("hf_pc.model.RandomState", Noted)
+    inputs = batch() | {"position_ids": torch.arange(16, device="meta")[None]}
+    with pytest.raises((RuntimeError, NotImplementedError, ValueError)):  # this machine has no second device
+        PCModel(make("gpt2"), PCConfig()).accumulate_grad(**inputs)
+    assert kept == [{torch.device("cpu"), torch.device("meta")}]

@@ -62,17 +62,19 @@ def clip_grad_norm(stage: Stage, neighbours: Neighbours, max_norm: float) -> flo
 
 @torch.no_grad()
 def whole_state(stage: Stage, neighbours: Neighbours) -> dict[str, Tensor] | None:
-    """The whole model's state_dict, in process 0; tied names share a tensor. None in the others; called by all."""
+    """The whole model's state_dict, in process 0, in the memory of the CPU; tied names share a tensor. None in the
+    others; called by all."""
     whole: dict[str, Tensor] = {}
     for name in stage.names:
         source = stage.holders[name][0]
         if source == neighbours.index == 0:
-            whole[name] = stage.tensor(name).detach()
+            whole[name] = stage.tensor(name).detach().cpu()
         elif source == neighbours.index:
             dist.send(stage.tensor(name).detach().contiguous(), 0)
         elif neighbours.index == 0:
-            whole[name] = torch.empty_like(stage.tensor(name), device=neighbours.device)
-            dist.recv(whole[name], source)
+            received = torch.empty_like(stage.tensor(name), device=neighbours.device)
+            dist.recv(received, source)
+            whole[name] = received.cpu()
     if neighbours.index:
         return None
     return whole | {name: whole[own] for name, own in stage.aliases.items()}
