@@ -55,10 +55,17 @@ def _longest_list(model: nn.Module, least: int) -> dict[str, nn.Module]:
             continue
         if len(set(map(type, module))) == 1 and not isinstance(module[0], NEVER_CALLED):
             found = {f"{name}.{i}": child for i, child in enumerate(module)}
-    kind = type(next(iter(found.values()), None))
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    alike = [(name, module) for name, module in lists if least > 1 and {type(child) for child in module} == {kind}]
-    return {f"{name}.{i}": child for name, module in alike for i, child in enumerate(module)} or found
+    if least == 1 or not found:
+        return found
+    kind = type(next(iter(found.values())))
+    if kind.__module__.startswith("torch."):  # such a class says nothing of what its lists are
+        return found
+    alike: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        nested = any(_inside(name, outer) for outer in alike)
+        if isinstance(module, nn.ModuleList) and {type(child) for child in module} == {kind} and not nested:
+            alike |= {f"{name}.{i}": child for i, child in enumerate(module)}
+    return alike
 
 
 def _linear_like(module: nn.Module) -> bool:
