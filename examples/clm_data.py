@@ -73,15 +73,22 @@ def load_text(args: DataArguments, cache_dir: str | None, token: str | None) -> 
     return hold_out(raw, args.validation_split_percentage)
 
 
-def check_columns(file: str, data: Dataset, *wanted: str) -> None:
-    """Raise ValueError unless a file of rows has these columns, and each row something in each."""
+def check_columns(given: str, data: Dataset, text: tuple[str, ...], *others: str) -> None:
+    """Raise ValueError unless a file of rows has these columns, and each row text, or something, in each.
+
+    Args:
+        given: the flag and the file, for the error.
+    """
+    wanted = (*text, *others)
     if not set(wanted) <= set(data.column_names):
         needed = " and ".join(map(repr, wanted))
-        raise ValueError(f"--train_file {file} has the columns {data.column_names}: {needed} are needed")
+        raise ValueError(f"{given} has the columns {data.column_names}: {needed} are needed")
     for name in wanted:
-        number = next((i for i, value in enumerate(data[name]) if value is None), None)
-        if number is not None:
-            raise ValueError(f"--train_file {file}: row {number + 1} has no {name!r}")
+        for number, value in enumerate(data[name], 1):
+            if value is None:
+                raise ValueError(f"{given}: row {number} has no {name!r}")
+            if name in text and not isinstance(value, str):
+                raise ValueError(f"{given}: {name!r} of row {number} holds something else than text")
 
 
 def load_blocks(args: DataArguments, text: DatasetDict, model: Any, tokenizer: Any) -> tuple[Dataset, Dataset]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
-from task import DEMO, CommonArguments, TaskTrainingArguments, accuracy, class_labels, launch, parse
+from task import DEMO, CommonArguments, TaskTrainingArguments, accuracy, class_labels, known_order, launch, parse
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -59,11 +59,14 @@ def load(args: ImageArguments, seed: int) -> tuple[DatasetDict, list[str], Any]:
         if "label" not in raw.features:
             raise ValueError(f"--train_dir {args.train_dir} holds no two folders of images, one for each class")
         processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
-        names = raw.features["label"].names
+        folders = raw.features["label"].names
+        names = known_order(folders, AutoConfig.from_pretrained(args.model_name_or_path))
+        index = [names.index(folder) for folder in folders]
 
         def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
             images = [image.convert("RGB") for image in rows["image"]]
-            return {"pixel_values": processor(images)["pixel_values"], "labels": rows["label"]}
+            labels = [index[label] for label in rows["label"]]
+            return {"pixel_values": processor(images)["pixel_values"], "labels": labels}
 
         data = raw.map(encode, batched=True, remove_columns=raw.column_names, load_from_cache_file=False)
     split = data.train_test_split(args.train_val_split, seed=seed)

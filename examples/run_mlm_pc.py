@@ -33,12 +33,14 @@ class MLMArguments(CommonArguments):
             raise ValueError(f"--mlm_probability {self.mlm_probability} is not allowed: 0 to 1 is needed")
 
 
+#: where the settings of the demonstration differ from those of the others
+MLM_DEMO: dict[str, Any] = DEMO | {"learning_rate": 2e-3, "max_steps": 300, "eval_steps": 100, "max_eval_samples": 200}
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args, text, training, pc_config = parse(
-        (MLMArguments, DataArguments, TaskTrainingArguments), argv,
-        DEMO | {"learning_rate": 2e-3, "max_steps": 300, "eval_steps": 100, "max_eval_samples": 200},
-        output_dir="runs/mlm",
-    )  # fmt: skip
+        (MLMArguments, DataArguments, TaskTrainingArguments), argv, MLM_DEMO, output_dir="runs/mlm"
+    )
     raw = load_text(text, None, None)
     if args.model_name_or_path:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)

@@ -75,7 +75,7 @@ def load_pairs(args: Arguments) -> DatasetDict:
     """Splits "train" and "validation", columns "source" and "target"; every tenth pair validates."""
     if args.train_file:
         data = load_files(args.train_file)["train"]
-        check_columns(args.train_file, data, "source", "target")
+        check_columns(f"--train_file {args.train_file}", data, ("source", "target"))
     else:
         pairs = sorted({(f"{found.module} {found.signature}", found.line) for found in functions()})
         data = Dataset.from_dict({"source": [p[0] for p in pairs], "target": [p[1] for p in pairs]})

@@ -99,8 +99,10 @@ def check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> Non
     """Raise ValueError where the run in a folder was begun with another model, or other data."""
     for name, value in now.items():
         if before.get(name, value) != value:
-            raise ValueError(f"--output_dir {folder} holds a run whose {name} is {before[name] or 'its own'}, not "
-                             f"{value or 'its own'}: take another folder, or remove that one")  # fmt: skip
+            raise ValueError(
+                f"--output_dir {folder} holds a run with --{name} {before[name]}, not {value}: take another folder, "
+                "or remove that one"
+            )
 
 
 def own_state(folder: Path, pc: SplitPCModel) -> Path:
@@ -125,7 +127,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     data = load_text(data_args, model_args.cache_dir, model_args.token)
     last = whole(args.output_dir / "last")
     resumed = json.loads((last / "progress.json").read_text(encoding="utf-8")) if last.is_dir() else {"step": 0}
-    begun = {"model": model_args.model_name_or_path or model_args.config_name, "data": data_args.source}
+    begun = {name: getattr(model_args, name) for name in ("model_name_or_path", "config_name", "model_type",
+                                                          "config_overrides")}  # fmt: skip
+    begun |= {name: getattr(data_args, name) for name in ("train_file", "dataset_name", "dataset_config_name")}
     if resumed["step"]:
         check_same(args.output_dir, resumed, begun)
         model_args.model_name_or_path, model_args.config_overrides = str(last), None

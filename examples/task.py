@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -49,7 +50,7 @@ DEMO: dict[str, Any] = {
     "use_cpu": not torch.cuda.is_available(),
 }  # fmt: skip
 #: a model, or data, of the user's: such a run is no demonstration
-OWN = ("model_name_or_path", "config_name", "train_file", "dataset_name", "train_dir")
+OWN = {"model_name_or_path", "config_name", "train_file", "dataset_name", "train_dir"}
 
 
 def launch(main: Callable[[], Any]) -> None:
@@ -74,28 +75,27 @@ def parse(
     argv = flags(argv)
     given = _given(kinds, argv)
     parser = HfArgumentParser((*kinds, PCConfig))
-    if not given.intersection(OWN):
+    if not OWN & given.keys():
         outdone = {"max_steps"} if "num_train_epochs" in given else set()
-        outdone |= {"eval_strategy"} if "do_eval" in given else set()  # which would set it
+        outdone |= {"eval_strategy"} if given.get("do_eval") is False else set()  # which would set it
         parser.set_defaults(**{name: value for name, value in demo.items() if name not in outdone})
     parser.set_defaults(**defaults)
     parsed: tuple[Any, ...] = parser.parse_args_into_dataclasses(argv)
     args = parsed[-2]
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         raise ValueError(f"--output_dir {args.output_dir} is a file: a folder is needed")
-    if not args.do_train and "do_eval" not in given:  # an eval_strategy sets do_eval by itself
-        args.do_train, args.do_eval = "do_train" not in given, True
+    if not args.do_train and not given.get("do_eval"):  # an eval_strategy sets do_eval by itself
+        args.do_train, args.do_eval = "do_train" not in given, given.get("do_eval", True)
     set_seed(args.seed)
     return parsed
 
 
-def _given(kinds: tuple[Any, ...], argv: list[str]) -> set[str]:
-    """The names of the flags that are given, however they are spelt."""
+def _given(kinds: tuple[Any, ...], argv: list[str]) -> dict[str, Any]:
+    """The flags that are given, however they are spelt, and their values."""
     parser = HfArgumentParser((*kinds, PCConfig))
-    nothing = object()
     for action in parser._actions:
-        action.default = nothing
-    return {name for name, value in vars(parser.parse_known_args(argv)[0]).items() if value is not nothing}
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])[0])
 
 
 def flags(argv: list[str] | None) -> list[str]:
@@ -121,6 +121,7 @@ def flags(argv: list[str] | None) -> list[str]:
     for name, value in given.items():
         if value is not None:
             values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            values = [",".join(map(str, values))] if name == "nodes" else values  # one flag takes several
             found += [f"--{name}", *map(str, values)]
     return found
 
@@ -134,6 +135,12 @@ def at_least(name: str, value: int | None, least: int) -> None:
 def first(data: Dataset, count: int | None) -> Dataset:
     """The first `count` rows, or all."""
     return data if count is None else data.select(range(min(count, len(data))))
+
+
+def known_order(names: list[str], config: Any) -> list[str]:
+    """The classes of a checkpoint in its order, where these are among them; else the names as they are."""
+    known: dict[str, int] = config.label2id or {}
+    return sorted(known, key=lambda name: int(known[name])) if set(names) <= set(known) else names
 
 
 def class_labels(names: list[str]) -> dict[str, Any]:

@@ -11,7 +11,16 @@ from typing import Any
 from clm_data import DataArguments, check_columns, train_tokenizer
 from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from standard_library import functions
-from task import SMALL_ENCODER, CommonArguments, TaskTrainingArguments, accuracy, at_least, class_labels, first
+from task import (
+    SMALL_ENCODER,
+    CommonArguments,
+    TaskTrainingArguments,
+    accuracy,
+    at_least,
+    class_labels,
+    first,
+    known_order,
+)
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -54,11 +63,12 @@ def load(args: TextArguments) -> DatasetDict:
         data = DatasetDict(train=docstrings(args.classes))
     else:
         data = load_files(args.train_file, args.validation_file)
-        for part in data.values():
-            check_columns(args.train_file, part, "text", "label")
+        for split, part in data.items():
+            check_columns(f"--{split}_file {getattr(args, f'{split}_file')}", part, ("text",), "label")
         names = class_names([label for part in data.values() for label in part["label"]], args)
-        order = {name: i for i, name in enumerate(names)}
-        data = data.map(lambda row: {"label": order[str(row["label"])]}, load_from_cache_file=False)
+        for split, part in data.items():
+            indices = [names.index(str(label)) for label in part["label"]]
+            data[split] = part.remove_columns("label").add_column("label", indices)
         data = data.cast_column("label", ClassLabel(names=names))
     if args.train_file is None or args.validation_file is None:
         whole = concatenate_datasets(list(data.values()))  # files are often sorted by class: not the last tenth
@@ -70,7 +80,7 @@ def load(args: TextArguments) -> DatasetDict:
 
 
 def class_names(labels: list[Any], args: TextArguments) -> list[str]:
-    """The names of the classes, in the order of their indices: that of the checkpoint, where it knows these classes.
+    """The names of the classes, in the order of their indices: those of the checkpoint, where it knows them all.
 
     Raises:
         ValueError: the labels are no classes, or all are one.
@@ -81,9 +91,7 @@ def class_names(labels: list[Any], args: TextArguments) -> list[str]:
     if len(names) < 2:
         raise ValueError(f"--train_file {args.train_file} has one class alone: at least 2 are needed")
     if args.model_name_or_path:
-        known = AutoConfig.from_pretrained(args.model_name_or_path).label2id
-        if set(names) == set(known):
-            return sorted(names, key=lambda name: int(known[name]))
+        return known_order(names, AutoConfig.from_pretrained(args.model_name_or_path))
     return names
 
 
@@ -106,7 +114,8 @@ def tokenizer_of(args: TextArguments, data: DatasetDict) -> Any:
 
 
 def model_of(args: TextArguments, data: DatasetDict, tokenizer: Any) -> Any:
-    """A classifier; with a new head where a checkpoint had other classes. Raises ValueError if texts are too long."""
+    """A classifier; with a new head where a checkpoint had another number of classes. Raises ValueError if texts are
+    too long."""
     labels = class_labels(data["train"].features["label"].names)
     if args.model_name_or_path:
         config = AutoConfig.from_pretrained(args.model_name_or_path, **labels)

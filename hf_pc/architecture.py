@@ -7,7 +7,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -26,24 +28,46 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
 
 
+#: of functions that were asked about, the names of their arguments, and whether they take any other: a signature takes
+#: long to make
+_SIGNATURES: WeakKeyDictionary[Any, tuple[frozenset[str], bool]] = WeakKeyDictionary()
+
+
 def accepts(forward: Callable[..., Any], name: str) -> bool:
     """Whether a function can be given an argument of this name."""
-    parameters = inspect.signature(forward).parameters
-    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    function = getattr(forward, "__func__", forward)
+    kept = isinstance(function, FunctionType)
+    if not kept or function not in _SIGNATURES:
+        parameters = inspect.signature(forward).parameters
+        others = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        if not kept:
+            return name in parameters or others
+        _SIGNATURES[function] = frozenset(parameters), others
+    names, others = _SIGNATURES[function]
+    return name in names or others
 
 
 def setting(model: nn.Module, name: str, default: Any) -> Any:
     """What the configuration of a model says; a model of images or sounds and text may have it with its text."""
     config: Any = getattr(base_model(model), "config", None)
-    text = getattr(config, "get_text_config", lambda: config)()
-    found = getattr(config, name, None)
-    return getattr(text, name, default) if found is None else found
+    if (found := getattr(config, name, None)) is not None:
+        return found
+    return getattr(getattr(config, "get_text_config", lambda: config)(), name, default)
+
+
+def _caches(model: nn.Module) -> bool:
+    """Whether a model would keep keys and values, unless it is told not to. Classifiers with a text part say so
+    themselves, and encoder-decoders have no such part."""
+    own = getattr(getattr(base_model(model), "config", None), "use_cache", None)
+    if own is None and not is_encoder_decoder(model) and "Classification" not in type(base_model(model)).__name__:
+        own = setting(model, "use_cache", False)
+    return bool(own)
 
 
 def plainly(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs that a model answers with a dictionary, and keeps no keys and values of."""
     batch, config = dict(inputs), getattr(model, "config", None)
-    if setting(model, "use_cache", False) and accepts(model.forward, "use_cache"):
+    if _caches(model) and accepts(model.forward, "use_cache"):
         batch.setdefault("use_cache", False)
     if not batch.get("return_dict", getattr(config, "return_dict", True)) and accepts(model.forward, "return_dict"):
         batch["return_dict"] = True

@@ -95,8 +95,8 @@ class PCConfig:
         precision: 1 / sigma^2, the same for every node.
         relative_std: sigma as a multiple of the RMS of the node's predictions in the optimiser step before; in the
             first step, of each token's own.
-        relaxed_fraction: a target for the share of the output error that relaxation changes. A controller steers
-            `relative_std` to hold it, once per optimiser step.
+        relaxed_fraction: a target for how far relaxation changes the output's gradient at the last node, relative to
+            it. A controller steers `relative_std` to hold it, once per optimiser step.
         bias_limit: the most `signal_bias` that this controller lets stand (see `RelaxationOutput`): over it errors are
             penalised more, whatever relaxed_fraction asks for. For "centred", "extrapolated" and "one_sided", whose
             phases cancel in each sequence; None lets any stand. Strong relaxation needs it, about 0.05.
@@ -151,7 +151,7 @@ class PCConfig:
     )
     relaxed_fraction: float | None = field(
         default=None,
-        metadata={"help": "Target share of the output error that relaxation changes; steers relative_std."},
+        metadata={"help": "Target for how far relaxation changes the output's gradient; steers relative_std."},
     )
     bias_limit: float | None = field(
         default=None, metadata={"help": "Most signal_bias that a steered relaxed_fraction may reach."}

@@ -37,7 +37,7 @@ from hf_pc.output import IGNORED, Output
 from hf_pc.padding import Padding, encoder_of
 from hf_pc.placement import innermost, resolve
 from hf_pc.processes import changes_buffers, everywhere, is_sharded, process_count, process_index
-from hf_pc.readiness import check_float32, check_idle, check_mode, check_reached, check_weight_hooks
+from hf_pc.readiness import check_float32, check_idle, check_learnable, check_mode, check_reached, check_weight_hooks
 from hf_pc.recorder import Recorder
 from hf_pc.relaxation import Relaxation, Share
 from hf_pc.report import RelaxationOutput
@@ -267,7 +267,7 @@ class PCModel(SavingMixin):
             relaxation.decide = held.decide
         relaxation.padding = Padding.of(self.model, batch, labels, self._encoder)
         if together:
-            device = max(self._devices, key=lambda device: device.type != "cpu")
+            device = max(self._devices, key=lambda device: device.type not in ("cpu", "meta"))
             relaxation.agree = lambda holds: everywhere(holds, device)
         relaxation.lower = self._lower
         relaxation.weights = [p for p in self._parameters if p.requires_grad]
@@ -461,6 +461,8 @@ class PCModel(SavingMixin):
         if items is not None and items <= 0:
             raise ValueError(f"num_items_in_batch={items!r} is not allowed: a number above 0 is needed")
         phases = self.phases if mode == LEARN else (PLAIN,)
+        if mode == LEARN:
+            check_learnable(self.model)
         with torch.enable_grad():
             step = partial(self._phases, mode, weight_step)
             measured, report = self.take(step, inputs, items) if mode == LEARN else step(inputs, items)

@@ -1,4 +1,4 @@
-"""Which states of a batch are padding: none of them moves, and none is measured.
+"""Which states of a batch are padding: those do not move, and are not measured.
 
 A model says it of its inputs, by an attention mask. An encoder-decoder says it of what its encoder reads; of what its
 decoder reads only where it is given a mask for that. Else it is told by the labels: behind the last one of a sequence
@@ -18,15 +18,19 @@ from hf_pc.checks import known_to_hold
 from hf_pc.node import Site
 from hf_pc.output import IGNORED
 
+#: what transformers calls the attention of a decoder to what its encoder made, and the maps there that see the latter
+CROSS = frozenset(("EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "cross_attention"))
+KEYS = frozenset(("k", "v", "k_proj", "v_proj", "key", "value", "key_global", "value_global"))
+
 
 class Padding:
-    """Where a batch is none.
+    """Which positions of a batch are real.
 
     Args:
-        present: bool, [rows, sequence], of what the model reads; of an encoder-decoder, of what its decoder reads.
-            None: everywhere.
+        present: bool, [rows, sequence], true where what the model reads is real; of an encoder-decoder, what its
+            decoder reads. None: all of it.
         encoded: the same of what an encoder reads.
-        encoder: the modules that this is of.
+        encoder: the modules whose states are of what the encoder reads.
     """
 
     def __init__(
@@ -38,7 +42,7 @@ class Padding:
     def of(
         cls, model: nn.Module, batch: Mapping[str, Any], labels: Tensor, encoder: Collection[nn.Module] = ()
     ) -> Padding:
-        """That of a batch, which its masks tell, [batch, sequence], or [batch, choices, sequence].
+        """As the masks of a batch have it, [batch, sequence] or [batch, choices, sequence].
 
         Args:
             labels: aligned with the logits.
@@ -48,15 +52,15 @@ class Padding:
         before = virtual_tokens(model)
         if mask is not None and before:  # which an adapter puts there
             mask = F.pad(mask, (before, 0), value=True)
-        if not encoder:
-            return cls(mask)
+        if not encoder:  # one that is not known may be of a decoder that reads something else
+            return cls() if is_encoder_decoder(model) else cls(mask)
         decoded = _rows(batch.get("decoder_attention_mask"))
         if decoded is None and labels.dim() == 2:
             decoded = labels.ne(IGNORED).flip(1).cumsum(1).flip(1) > 0
         return cls(decoded, mask, encoder)
 
     def at(self, site: Site) -> Tensor | None:
-        """Where a site's states are none, bool, broadcast against them; None: everywhere."""
+        """True where a site's states are real, broadcast against them; None: all are."""
         mask, shape = self._encoded if site.node.module in self._encoder else self._present, site.shape
         if mask is None or len(shape) < 2:
             return None
@@ -70,12 +74,17 @@ class Padding:
 
 
 def encoder_of(model: nn.Module) -> Collection[nn.Module]:
-    """The modules of an encoder-decoder's encoder; none of another model."""
+    """The modules of an encoder-decoder whose states are of what its encoder reads: those of the encoder, and what
+    makes keys and values of it for the decoder. None of another model, or of one that does not say."""
     base: Any = base_model(model)
     if not is_encoder_decoder(model) or not callable(getattr(base, "get_encoder", None)):
         return ()
     encoder = base.get_encoder()
-    return set() if encoder in (None, base) else set(encoder.modules())
+    if encoder in (None, base):
+        return ()
+    paths = [(name.split("."), module) for name, module in model.named_modules()]
+    across = {module for path, module in paths if not CROSS.isdisjoint(path) and not KEYS.isdisjoint(path)}
+    return across | set(encoder.modules())
 
 
 def _rows(mask: Any) -> Tensor | None:

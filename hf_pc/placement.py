@@ -61,10 +61,11 @@ def _longest_list(model: nn.Module, least: int) -> dict[str, nn.Module]:
     if kind.__module__.startswith("torch."):  # such a class says nothing of what its lists are
         return found
     alike: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
+    names = dict(model.named_modules())  # of what is in several lists the first
+    for name, module in names.items():
         nested = any(_inside(name, outer) for outer in alike)
         if isinstance(module, nn.ModuleList) and {type(child) for child in module} == {kind} and not nested:
-            alike |= {f"{name}.{i}": child for i, child in enumerate(module)}
+            alike |= {inner: child for i, child in enumerate(module) if (inner := f"{name}.{i}") in names}
     return alike
 
 

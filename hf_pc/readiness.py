@@ -25,6 +25,12 @@ def check_float32(model: nn.Module, config: PCConfig) -> None:
             )
 
 
+def check_learnable(model: nn.Module) -> None:
+    """Raise ValueError where every weight is frozen."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: there is nothing to learn")
+
+
 def check_idle(attached: bool, relaxing: bool) -> None:
     """Raise RuntimeError unless a PCModel's nodes are on its model, and no batch relaxes."""
     if not attached:

@@ -242,12 +242,6 @@ def check_targets(model: nn.Module) -> None:
         )
 
 
-def check_learnable(model: nn.Module) -> None:
-    """Raise ValueError where every weight is frozen."""
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: there is nothing to learn")
-
-
 def check_first_batch(batch: Mapping[str, Any]) -> None:
     """Raise ValueError, on every process, where one of them is left without a sequence; called by every process.
 

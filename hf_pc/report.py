@@ -18,7 +18,7 @@ class RelaxationOutput:
         feedforward_energy: the output's energy before anything relaxed, the model's loss, nats per label token.
         energies: of each node, and of the "output", nats per label token.
         residual: |dF/de| / |g|, mean over sequences; 1 before the first move, 0 at equilibrium.
-        relaxed_fraction: share of the output error that relaxation changed.
+        relaxed_fraction: |g - g0| / |g0|, g the output's gradient at the last node, g0 before any state moved.
         signal_bias: how far what the last node's module learns from is from what backprop would send there, relative
             to that. All phases of the rule of `learning` count together; "plain" has one, and with Gaussian nodes and
             the solver "error" it is its relaxed_fraction. With "mirrored", "balanced" and "wake_sleep" the

@@ -80,7 +80,7 @@ class SavingMixin:
         Args:
             path_or_repo: a folder or a Hub repository.
             auto_class: such as AutoModelForCausalLM; default: the class that the model, or the base model of an
-                adapter, was saved from. An adapter is a PEFT model again, whose adapter learns.
+                adapter, was saved from. An adapter is a PEFT model again, which learns on.
             config: used instead of `pc_config.json`.
             kwargs: for `auto_class.from_pretrained`; revision, token, cache_dir, subfolder, local_files_only and
                 force_download go to both.
@@ -114,13 +114,13 @@ class SavingMixin:
 
 
 def _load(path_or_repo: str | os.PathLike[str], auto_class: Any, kwargs: Mapping[str, Any]) -> nn.Module:
-    """The model of a checkpoint, or the base model of an adapter with the adapter on it, which learns."""
+    """The model of a checkpoint, or the base model of an adapter with the adapter on it."""
     hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     settings = read_json(path_or_repo, "config.json", **hub)
     adapter = None if settings else read_json(path_or_repo, "adapter_config.json", **hub)
     if not isinstance(adapter, Mapping) or getattr(auto_class, "__module__", "").startswith("peft"):
         return (auto_class or loaded_by(settings)).from_pretrained(path_or_repo, **kwargs)  # type: ignore[no-any-return]
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     base = adapter.get("base_model_name_or_path")
     if not base:
@@ -129,10 +129,11 @@ def _load(path_or_repo: str | os.PathLike[str], auto_class: Any, kwargs: Mapping
     own = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
     if adapter.get("revision"):
         own["revision"] = adapter["revision"]
+    prompt = PeftConfig.from_pretrained(path_or_repo, **hub).is_prompt_learning  # which PEFT refuses to call trainable
     known = auto_class or adapted(adapter.get("task_type"))
     found = known or loaded_by(read_json(base, "config.json", **{n: own[n] for n in HUB_OPTIONS if n in own}))
     model: nn.Module = PeftModel.from_pretrained(
-        found.from_pretrained(base, **own), path_or_repo, is_trainable=True, **hub
+        found.from_pretrained(base, **own), path_or_repo, is_trainable=not prompt, **hub
     )
     return model
 

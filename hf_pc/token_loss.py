@@ -38,16 +38,14 @@ class TokenLossMixin(_TrainerPart):
     output: Output
     loss_is_scaled_for_ga = True
 
-    def __init__(self, model: Any = None, args: Any = None, *rest: Any, output: str = "auto", **kwargs: Any) -> None:
-        given = model if isinstance(model, nn.Module) and kwargs.get("peft_config") is None else None
-        self._check(given, args, kwargs)  # before the Trainer makes its output folder
-        if rest:
-            super().__init__(model, args, *rest, **kwargs)
-        else:  # by name, as other Trainers may take something else first
-            named = {"model": model, "args": args}
-            super().__init__(**{name: value for name, value in named.items() if value is not None}, **kwargs)
+    def __init__(self, *given: Any, output: str = "auto", **kwargs: Any) -> None:
+        model, args = (kwargs.get(name, at[0] if at else None) for name, at in (("model", given), ("args", given[1:])))
+        known = model if isinstance(model, nn.Module) and kwargs.get("peft_config") is None else None
+        known_args = args if isinstance(args, TrainingArguments) else None
+        self._check(known, known_args, kwargs)  # before the Trainer makes its output folder
+        super().__init__(*given, **kwargs)  # by place or by name, as other Trainers may take something else first
         # what only the Trainer knew, such as the first of `model_init`, or the adapter that it put on the model
-        if self.model is not given or args is None or rest:
+        if self.model is not known or known_args is None or len(given) > 2:
             self._check(self.model, self.args, {"compute_loss_func": self.compute_loss_func})
         if self.args.hub_token is not None:
             self.args.hub_token = Secret(self.args.hub_token)

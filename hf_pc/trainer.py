@@ -33,7 +33,8 @@ from hf_pc.node import LEARN
 from hf_pc.placement import resolve
 from hf_pc.processes import gathered, is_sharded, naming_the_lost, reducing
 from hf_pc.pushing import PushMixin
-from hf_pc.refusals import check_first_batch, check_learnable, check_processes, check_targets, refuse
+from hf_pc.readiness import check_learnable
+from hf_pc.refusals import check_first_batch, check_processes, check_targets, refuse
 from hf_pc.token_loss import BackpropSeq2SeqTrainer, BackpropTrainer, TokenLossMixin
 
 logger = logging.getLogger(__name__)
@@ -78,25 +79,18 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
 
     Args:
         pc_config: how to relax, a PCConfig or its dictionary; None takes the defaults.
-        args: the Trainer's own, as kwargs are.
+        given, kwargs: the Trainer's own, by place or by name.
 
     Raises:
         ValueError: the configuration does not fit the model, or the Trainer's arguments ask for something that
             predictive coding cannot do yet; raised before training starts.
     """
 
-    def __init__(
-        self,
-        model: Any = None,
-        args: Any = None,
-        *rest: Any,
-        pc_config: PCConfig | dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if isinstance(model, PCModel):
+    def __init__(self, *given: Any, pc_config: PCConfig | dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if isinstance(kwargs.get("model", given[0] if given else None), PCModel):
             raise ValueError("model=PCModel(...) is not allowed: give its .model, and its .config as pc_config")
         self.pc_config = PCConfig.of(pc_config)
-        super().__init__(model, args, *rest, output=self.pc_config.output, **kwargs)
+        super().__init__(*given, output=self.pc_config.output, **kwargs)
         self.pc: PCModel | None = None
         self.stopped_by: str | None = None
         self.nonfinite_node: str | None = None

@@ -169,6 +169,7 @@ def test_replacing_the_strength() -> None:
         ("__import__('os').system('true')", "a name, or a name with named arguments"),
         ("SGD(momentum=print())", "not allowed"),
         ("Adam(betas=(0.9,))", "not allowed"),
+        ("optim.SGD(momentum=0.9)", "a name, or a name with named arguments"),
         ("SGD(maximize=True)", "maximize=True leads up the free energy"),
         ("Adam(foreach=True, fused=True)", "not allowed"),
     ],

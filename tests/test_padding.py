@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from transformers import (
 from hf_pc import PCConfig, PCModel
 from hf_pc.energies import ENERGIES
 from hf_pc.node import Node, Site, Strength
-from hf_pc.padding import Padding
+from hf_pc.padding import Padding, encoder_of
 from hf_pc.relaxation import Relaxation
 
 SIZES: dict[str, Any] = {"vocab_size": 20, "d_model": 16, "pad_token_id": 1, "decoder_start_token_id": 2}
@@ -125,3 +126,67 @@ def test_padding_of_choices_changes_no_gradient() -> None:
             pc.steer()
         found.append(gradients(model))
     assert worst(*found) < 1e-8
+
+
+@pytest.mark.parametrize(("build", "count"), [(t5, 4), (bart, 4)])
+def test_keys_of_what_the_encoder_read_have_its_padding(build: Callable[[], nn.Module], count: int) -> None:
+    """Two maps of each of two decoder blocks, though source and target be of one length."""
+    model = build()
+    encoder = encoder_of(model)
+    own = set(model.get_encoder().modules())  # type: ignore[operator]
+    across = {name for name, module in model.named_modules() if module in encoder and module not in own}
+    assert len(across) == count
+    ids = torch.arange(3, 9)[None]
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": F.pad(ids[:, :4], (0, 2), value=-100),
+    }
+    pc = PCModel(model, PCConfig(nodes="linear", sweeps=2, relative_std=0.5))
+    with pc.relaxed(inputs) as relaxation:
+        (pc.learning_pass(inputs)[0] / relaxation.tokens).backward()
+        for site in relaxation.sites:
+            real = relaxation.padding.at(site)
+            assert (real is None) == (site.node.module in encoder)
+            if real is not None:
+                assert real[0, :, 0].tolist() == [True] * 4 + [False] * 2
+
+
+def test_a_decoder_of_an_unknown_encoder_is_given_no_mask_of_it() -> None:
+    """What the mask is of cannot be told: nothing is taken for padding."""
+
+    class Own(nn.Module):
+        config = SimpleNamespace(is_encoder_decoder=True)
+
+    mask = torch.tensor([[1, 1, 0, 0]])
+    site = Site(Node("n", nn.Identity(), ENERGIES["gaussian"]()), "n", torch.zeros(1, 4, 2), Strength(1.0, 1.0, {}), 1)
+    assert Padding.of(Own(), {"attention_mask": mask}, mask).at(site) is None
+    assert Padding.of(nn.Identity(), {"attention_mask": mask}, mask).at(site) is not None
+
+
+def real(model: nn.Module, width: int, positions: int, **inputs: Tensor) -> list[bool] | None:
+    """Which positions of the one sequence of a batch are real, at a node of a decoder."""
+    states = torch.zeros(1, positions, width)
+    site = Site(Node("n", nn.Identity(), ENERGIES["gaussian"]()), "n", states, Strength(1.0, 1.0, {}), 1)
+    found = Padding.of(model, inputs, inputs["labels"], encoder_of(model)).at(site)
+    return None if found is None else found[0, :, 0].tolist()
+
+
+def test_what_says_that_a_position_is_real() -> None:
+    """A decoder's own mask before its labels, of which the last one counts; before a sequence an adapter's tokens."""
+    labels = torch.tensor([[-100, 7, -100, 8, -100]])
+    assert real(t5(), 4, 5, labels=labels) == [True] * 4 + [False]
+    mask = torch.tensor([[1, 1, 0, 0, 0]])
+    assert real(t5(), 4, 5, labels=labels, decoder_attention_mask=mask) == [True] * 2 + [False] * 3
+    assert real(prompted(), 4, 8, labels=labels, attention_mask=mask) == [True] * 5 + [False] * 3
+    assert real(prompted(), 4, 8, labels=labels) is None
+
+
+def test_an_encoder_is_looked_for_where_there_is_one() -> None:
+    """Not in a decoder alone, nor in a class of one's own that has none to name."""
+
+    class Own(nn.Module):
+        config = SimpleNamespace(is_encoder_decoder=True)
+
+    assert not encoder_of(make("gpt2"))
+    assert not encoder_of(Own())

@@ -18,7 +18,7 @@ from peft import (
 )
 from test_invariants import batch, gradients, make, worst
 from test_trainer import trainer
-from transformers import RobertaConfig, RobertaForSequenceClassification
+from transformers import AutoModelForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
 from hf_pc import PCConfig, PCModel
 
@@ -106,3 +106,18 @@ def test_the_logged_loss_is_that_of_evaluation(tmp_path: Path, name: str) -> Non
     run.train()
     (logged,) = [log["loss"] for log in run.state.log_history if "loss" in log]
     assert logged == pytest.approx(run.evaluate(data)["eval_loss"], rel=1e-3)
+
+
+def test_a_prompt_is_loaded_and_learns_on(tmp_path: Path) -> None:
+    """Though PEFT loads prompts to be used: what is in them is a weight all the same."""
+    make("gpt2").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    pc = PCModel(adapted, PCConfig(sweeps=2))
+    pc.save_pretrained(tmp_path / "prompt")
+    loaded = PCModel.from_pretrained(tmp_path / "prompt")
+    expected, found = (one.relax(**batch()).feedforward_energy for one in (pc, loaded))
+    assert found == pytest.approx(expected, rel=1e-5)
+    gradient = [one.accumulate_grad(**batch()) and one.model.prompt_encoder.default.embedding.weight.grad
+                for one in (pc, loaded)]  # fmt: skip
+    torch.testing.assert_close(*gradient)

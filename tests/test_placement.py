@@ -26,6 +26,9 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     OPTConfig,
+    T5GemmaConfig,
+    T5GemmaForSequenceClassification,
+    T5GemmaModuleConfig,
     set_seed,
 )
 
@@ -167,3 +170,36 @@ def test_settings_of_the_text_inside() -> None:
     other.config = SimpleNamespace()
     other.aux_loss_coef = 0.25  # type: ignore[assignment]
     assert float(auxiliary_loss(other, {"aux_loss": torch.tensor(2.0)})) == 0.5
+
+
+def test_blocks_that_are_in_two_lists() -> None:
+    """They are found once, by the name that a model lists them under."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.as_tensor(x + self.map(x))
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Block() for _ in range(4)])
+            self.local = nn.ModuleList(self.layers[::2])
+
+    assert list(blocks(Shared())) == [f"layers.{i}" for i in range(4)]
+    assert len(resolve(Shared(), PCConfig())) == 4
+
+
+def test_a_classifier_that_says_so_itself_is_not_told_to_keep_nothing() -> None:
+    """T5Gemma's heads pass `use_cache` on by themselves: twice would be an error."""
+    sizes: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                             "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+    part = T5GemmaModuleConfig(**sizes, layer_types=["full_attention"])
+    config = T5GemmaConfig(encoder=part, decoder=part, num_labels=2, pad_token_id=0)
+    model = T5GemmaForSequenceClassification(config)
+    ids = torch.arange(3, 9)[None]
+    found = PCModel(model, PCConfig(sweeps=2)).relax(input_ids=ids, labels=torch.tensor([1]))
+    assert found.free_energy > 0

@@ -61,6 +61,7 @@ def test_what_a_run_leaves(tmp_path: Path, text: Path) -> None:
         (["--do_train", "false", "--eval_strategy", "epoch"], (False, True)),
         (["--do_train", "--eval_strategy", "epoch"], (True, True)),
         (["--do_eval"], (False, True)),
+        (["--do_eval", "false"], (True, False)),
     ],
 )
 def test_what_a_run_does(tmp_path: Path, text: Path, flags: list[str], does: tuple[bool, bool]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_invariants import make
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import run_classification_pc
@@ -23,6 +23,7 @@ from clm_data import DataArguments, train_tokenizer
 from task import DEMO, CommonArguments, TaskTrainingArguments, launch, parse
 from text_task import TextArguments, class_names, load
 
+from hf_pc import PCConfig
 from hf_pc.text import hold_out, load_files
 from hf_pc.trainer import NonFiniteEnergyError
 
@@ -48,7 +49,7 @@ def test_a_demonstration_has_its_settings(flags: list[str]) -> None:
 def test_a_run_of_ones_own_has_those_of_transformers(flag: str) -> None:
     """However the flag is spelt; --num_train_epochs, which a number of steps would overrule, is followed."""
     args = parse(KINDS, [flag, "M"])[1]
-    plain = TaskTrainingArguments()
+    plain = TrainingArguments(output_dir="runs")
     for name in ("learning_rate", "max_steps", "lr_scheduler_type", "per_device_train_batch_size", "eval_strategy"):
         assert getattr(args, name) == getattr(plain, name)
     assert args.do_train
@@ -86,6 +87,10 @@ def test_classes_are_in_order(tmp_path: Path) -> None:
     known = TextArguments(model_name_or_path=str(tmp_path))
     assert class_names(["a", "b"], known) == ["b", "a"]
     assert class_names(["a", "c"], known) == ["a", "c"]
+    AutoConfig.for_model("bert", label2id={"c": 0, "b": 1, "a": 2}, id2label={0: "c", 1: "b", 2: "a"}).save_pretrained(
+        tmp_path
+    )
+    assert class_names(["a", "b"], known) == ["c", "b", "a"]
     with pytest.raises(ValueError, match=r"'label' holds numbers such as 0\.5, not classes"):
         class_names([0.5, 1.25], args)
     with pytest.raises(ValueError, match="one class alone"):
@@ -101,8 +106,15 @@ def test_rows_of_a_classification(tmp_path: Path) -> None:
     path = rows(tmp_path / "few.jsonl", {"label": 1, "sentence": "a"}, {"label": 2, "sentence": "b"})
     with pytest.raises(ValueError, match="'text' and 'label' are needed"):
         load(TextArguments(train_file=str(path)))
-    path = rows(tmp_path / "gap.jsonl", {"label": 1, "text": "a"}, {"label": None, "text": "b"})
-    with pytest.raises(ValueError, match="row 2 has no 'label'"):
+    whole = path = rows(
+        tmp_path / "whole.jsonl", *({"label": "no" if i % 2 else "yes", "text": str(i)} for i in range(9))
+    )
+    assert load(TextArguments(train_file=str(path)))["train"].features["label"].names == ["no", "yes"]
+    path = rows(tmp_path / "gap.jsonl", {"label": "no", "text": "a"}, {"label": None, "text": "b"})
+    with pytest.raises(ValueError, match=r"--validation_file .*gap\.jsonl: row 2 has no 'label'"):
+        load(TextArguments(train_file=str(whole), validation_file=str(path)))
+    path = rows(tmp_path / "numbers.jsonl", {"label": 1, "text": 3}, {"label": 2, "text": 4})
+    with pytest.raises(ValueError, match="'text' of row 1 holds something else than text"):
         load(TextArguments(train_file=str(path)))
 
 
@@ -215,6 +227,24 @@ def test_images_that_have_no_classes(tmp_path: Path) -> None:
         run_image_classification_pc.load(args, 0)
 
 
-def test_the_demonstration_alone_evaluates_on_a_part() -> None:
+@pytest.mark.parametrize(("flags", "expected"), [([], 200), (["--train_file", __file__], None)])
+def test_the_demonstration_alone_evaluates_on_a_part(flags: list[str], expected: int | None) -> None:
     """Of text of the user's own all is evaluated."""
-    assert DataArguments().max_eval_samples is None
+    assert parse((DataArguments, TaskTrainingArguments), flags, run_mlm_pc.MLM_DEMO)[0].max_eval_samples == expected
+
+
+def test_help_shows_the_settings_of_the_demonstration(capsys: pytest.CaptureFixture[str]) -> None:
+    """As they hold without a model or data of one's own."""
+    with pytest.raises(SystemExit, match="0"):
+        parse(KINDS, ["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(default: 0.0005)" in said
+    assert "<object" not in said
+    assert "==SUPPRESS==" not in said
+
+
+def test_several_nodes_in_a_file(tmp_path: Path) -> None:
+    """A list is what their names with commas between are on a command line."""
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({"nodes": ["h.0", "h.1"]}))
+    assert parse(KINDS, [str(path)])[-1].nodes == PCConfig(nodes="h.0,h.1").nodes
