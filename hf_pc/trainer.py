@@ -78,8 +78,9 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
     """Predictive coding for any Trainer subclass: `class MyPCTrainer(PCTrainerMixin, MyTrainer)`.
 
     Args:
+        given: the Trainer's own arguments, by place.
         pc_config: how to relax, a PCConfig or its dictionary; None takes the defaults.
-        given, kwargs: the Trainer's own, by place or by name.
+        kwargs: the Trainer's own, by name.
 
     Raises:
         ValueError: the configuration does not fit the model, or the Trainer's arguments ask for something that
