@@ -461,7 +461,7 @@ class PCModel(SavingMixin):
         if items is not None and items <= 0:
             raise ValueError(f"num_items_in_batch={items!r} is not allowed: a number above 0 is needed")
         phases = self.phases if mode == LEARN else (PLAIN,)
-        if mode == LEARN:
+        if mode == LEARN and self.share.count == 1:  # of several parts one may have nothing to learn
             check_learnable(self.model)
         with torch.enable_grad():
             step = partial(self._phases, mode, weight_step)
