@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from hf_pc.architecture import positions
 from hf_pc.callbacks import NonFiniteGuard
 from hf_pc.commands.runs import history
 from hf_pc.metrics import Regime
-from hf_pc.refusals import check_first_batch, refuse
+from hf_pc.refusals import check_first_batch, check_processes, refuse
 from hf_pc.trainer import BackpropTrainer
 
 MOVING = PCConfig(solver="state", sweeps=4, relative_std=0.3, step_size=0.3, weight_update="every_sweep")
@@ -407,3 +408,43 @@ def test_a_training_step_with_a_loss_of_its_own(tmp_path: Path, sweeps: int) -> 
     run = trainer(tmp_path, config, type("Mine", (PCTrainerMixin, Own), {}))
     with pytest.raises(ValueError, match="the training_step of Mine computes a loss of its own"):
         run.train()
+
+
+def test_a_mean_over_one_batch_is_not_added_up_over_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes average their gradients: only a loss that is divided by the tokens of all of them is added up."""
+    run = trainer(tmp_path, None, BackpropTrainer)
+    ids = torch.tensor([row["input_ids"] for row in rows(4)])
+    inputs = {"input_ids": ids, "labels": ids}
+    tokens = torch.tensor(ids[:, 1:].numel())
+    run.model.train()
+    alone = run.compute_loss(run.model, inputs).item()
+    monkeypatch.setattr(type(run.accelerator), "num_processes", property(lambda self: 2))
+    assert run.compute_loss(run.model, inputs).item() == pytest.approx(alone)
+    assert run.compute_loss(run.model, inputs, num_items_in_batch=tokens).item() == pytest.approx(2 * alone)
+
+
+@pytest.mark.parametrize("averages", [True, False])
+def test_hooks_that_average_what_replicas_hold(averages: bool) -> None:
+    """transformers puts them on weights that a model sharded while it was loaded has whole on each process: to average
+    parts of a gradient one by one is no harm, as it is to step along them."""
+    model = make("gpt2")
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: None)
+        parameter._replicated_grad_hook_registered = averages
+    pc = PCModel(model, PCConfig(learning="balanced", relative_std=0.3))
+    ids = torch.tensor([row["input_ids"] for row in rows(2)])
+    with nullcontext() if averages else pytest.raises(ValueError, match="runs once its gradient is accumulated"):
+        pc.accumulate_grad(input_ids=ids, labels=ids)
+
+
+def test_data_to_evaluate_on_is_compared_between_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows, of each set by its name, and the settings that say what each process learns and when it evaluates."""
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("hf_pc.refusals.same_everywhere", seen.update)
+    args = PCTrainingArguments(str(tmp_path), use_cpu=True, learning_rate=0.25)
+    check_processes(args, PCConfig(), rows(6), {"a": rows(4), "b": Endless()})
+    assert seen["rows of train_dataset"] == 6
+    assert seen["rows of eval_dataset"] == {"a": 4, "b": None}
+    assert seen["args.learning_rate"] == 0.25
+    check_processes(args, PCConfig(), rows(6), rows(3))
+    assert seen["rows of eval_dataset"] == {"": 3}
