@@ -101,6 +101,13 @@ def load_blocks(args: DataArguments, text: DatasetDict, model: Any, tokenizer: A
     return first(cut["train"], args.max_train_samples), first(cut["validation"], args.max_eval_samples)
 
 
+def make_room(model: Any, tokenizer: Any) -> Any:
+    """The model, with a row for every token, as transformers' own examples give it."""
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    return model
+
+
 def train_tokenizer(data: DatasetDict, vocabulary: int = 2048) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the training text alone."""
     from tokenizers import ByteLevelBPETokenizer

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from clm_data import DataArguments, load_blocks, load_text, train_tokenizer
+from clm_data import DataArguments, load_blocks, load_text, make_room, train_tokenizer
 from task import DEMO, CommonArguments, TaskTrainingArguments, launch, parse
 from transformers import (
     CONFIG_MAPPING,
@@ -69,9 +69,7 @@ def load_model_and_tokenizer(args: ModelArguments, data: Any) -> tuple[Any, Any]
     tokenizer = AutoTokenizer.from_pretrained(source, **hub) if source else train_tokenizer(data)
     if args.model_name_or_path:
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype or "auto", **hub)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
-        return model, tokenizer
+        return make_room(model, tokenizer), tokenizer
     if args.config_name:
         config = AutoConfig.from_pretrained(args.config_name, **hub)
     elif args.model_type in CONFIG_MAPPING:

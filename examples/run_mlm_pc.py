@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from clm_data import DataArguments, load_blocks, load_text, train_tokenizer
+from clm_data import DataArguments, load_blocks, load_text, make_room, train_tokenizer
 from task import DEMO, SMALL_ENCODER, CommonArguments, TaskTrainingArguments, launch, parse
 from transformers import (
     AutoModelForMaskedLM,
@@ -44,9 +44,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     raw = load_text(text, None, None)
     if args.model_name_or_path:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-        model = AutoModelForMaskedLM.from_pretrained(args.model_name_or_path)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
+        model = make_room(AutoModelForMaskedLM.from_pretrained(args.model_name_or_path), tokenizer)
     else:
         tokenizer = train_tokenizer(raw)
         tokenizer.add_special_tokens({"mask_token": "<mask>"})

@@ -28,23 +28,24 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
 
 
-#: of functions that were asked about, the names of their arguments, and whether they take any other: a signature takes
-#: long to make
-_SIGNATURES: WeakKeyDictionary[Any, tuple[frozenset[str], bool]] = WeakKeyDictionary()
+#: of functions that were asked about: a signature takes long to make
+_PARAMETERS: WeakKeyDictionary[Any, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
+
+
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The arguments that a function, or a method, can be given."""
+    own = getattr(function, "__func__", function)
+    if not isinstance(own, FunctionType):
+        return inspect.signature(function).parameters
+    if own not in _PARAMETERS:
+        _PARAMETERS[own] = inspect.signature(function).parameters
+    return _PARAMETERS[own]
 
 
 def accepts(forward: Callable[..., Any], name: str) -> bool:
     """Whether a function can be given an argument of this name."""
-    function = getattr(forward, "__func__", forward)
-    kept = isinstance(function, FunctionType)
-    if not kept or function not in _SIGNATURES:
-        parameters = inspect.signature(forward).parameters
-        others = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        if not kept:
-            return name in parameters or others
-        _SIGNATURES[function] = frozenset(parameters), others
-    names, others = _SIGNATURES[function]
-    return name in names or others
+    parameters = parameters_of(forward)
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def setting(model: nn.Module, name: str, default: Any) -> Any:

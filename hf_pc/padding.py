@@ -20,7 +20,7 @@ from hf_pc.output import IGNORED
 
 #: what transformers calls the attention of a decoder to what its encoder made, and the maps there that see the latter
 CROSS = frozenset(("EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "cross_attention"))
-KEYS = frozenset(("k", "v", "k_proj", "v_proj", "key", "value", "key_global", "value_global"))
+KEYS = frozenset(("k", "v", "k_proj", "v_proj", "key", "value"))
 
 
 class Padding:

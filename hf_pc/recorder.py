@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_pc.architecture import base_model, is_checkpointing
+from hf_pc.architecture import base_model, is_checkpointing, parameters_of
 from hf_pc.cuda_graph import CudaGraph, Gradients, Learned, Place, Record, Recordable, Recording, Step, as_recorded
 from hf_pc.energies import Energy
 from hf_pc.node import Site, Strength
@@ -226,7 +225,7 @@ def _without_mask(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, A
     mask = inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return inputs
-    known = inspect.signature(base_model(model).forward).parameters.get("attention_mask")
+    known = parameters_of(base_model(model).forward).get("attention_mask")
     if known is None or known.default is not None or not bool(mask.all()):
         return inputs
     return {name: value for name, value in inputs.items() if name != "attention_mask"}

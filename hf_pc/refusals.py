@@ -61,10 +61,10 @@ def refuse(args: TrainingArguments, config: PCConfig, model: nn.Module | None) -
             "noise out as well: use dropout='replay'"
         )
     _refuse_compilation(args)
-    optim = str(getattr(args.optim, "value", args.optim))
-    steps_in_backward = any(kind in optim for kind in IN_BACKWARD)
-    if steps_in_backward and learns_in_parts(config, phases_of(config.learning, config.strengths)):
-        raise ValueError(f"optim={optim!r} is not allowed, as it steps in the backward pass; {in_parts(config)}")
+    if _steps_in_backward(args) and learns_in_parts(config, phases_of(config.learning, config.strengths)):
+        raise ValueError(
+            f"optim={_optim(args)!r} is not allowed, as it steps in the backward pass; {in_parts(config)}"
+        )
     if config.cuda_graph:
         _refuse_recording(args, checkpoints)
     if config.relaxation_dtype is not None and _mixed_precision(args) != "no":
@@ -93,6 +93,14 @@ def refuse(args: TrainingArguments, config: PCConfig, model: nn.Module | None) -
             f"per_device_train_batch_size={whole} is not allowed with accelerator_config.split_batches=True: it is "
             f"split over {args.world_size} processes, so a multiple of {args.world_size} is needed"
         )
+
+
+def _optim(args: TrainingArguments) -> str:
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def _steps_in_backward(args: TrainingArguments) -> bool:
+    return any(kind in _optim(args) for kind in IN_BACKWARD)
 
 
 def _mixed_precision(args: TrainingArguments) -> str:
@@ -153,14 +161,13 @@ def _refuse_compilation(args: TrainingArguments) -> None:
 
 def _refuse_recording(args: TrainingArguments, checkpoints: bool) -> None:
     """What a step that is recorded as a CUDA graph cannot be."""
-    optim = str(getattr(args.optim, "value", args.optim))
     reasons = {
         f"{args.world_size} processes, which exchange gradients inside a step": args.world_size > 1,
         f"the device {str(args.device)!r}, which has no CUDA graphs": args.device.type != "cuda",
         "fp16, whose losses are scaled by what the steps before gave: use bf16": _mixed_precision(args) == "fp16",
         "activation checkpointing, which reads the state of the generators": checkpoints,
         f"neftune_noise_alpha={args.neftune_noise_alpha}, as noise is drawn": bool(args.neftune_noise_alpha),
-        f"optim={optim!r}, which steps inside what is recorded": any(kind in optim for kind in IN_BACKWARD),
+        f"optim={_optim(args)!r}, which steps inside what is recorded": _steps_in_backward(args),
         f"torch_empty_cache_steps={args.torch_empty_cache_steps}": args.torch_empty_cache_steps is not None,
     }
     for reason, holds in reasons.items():

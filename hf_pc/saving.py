@@ -129,11 +129,12 @@ def _load(path_or_repo: str | os.PathLike[str], auto_class: Any, kwargs: Mapping
     own = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
     if adapter.get("revision"):
         own["revision"] = adapter["revision"]
-    prompt = PeftConfig.from_pretrained(path_or_repo, **hub).is_prompt_learning  # which PEFT refuses to call trainable
+    made = PeftConfig.from_pretrained(path_or_repo, **hub)
+    learns = not made.is_prompt_learning  # which PEFT refuses to call trainable
     known = auto_class or adapted(adapter.get("task_type"))
     found = known or loaded_by(read_json(base, "config.json", **{n: own[n] for n in HUB_OPTIONS if n in own}))
     model: nn.Module = PeftModel.from_pretrained(
-        found.from_pretrained(base, **own), path_or_repo, is_trainable=not prompt, **hub
+        found.from_pretrained(base, **own), path_or_repo, config=made, is_trainable=learns, **hub
     )
     return model
 

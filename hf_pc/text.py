@@ -27,12 +27,12 @@ def check_file(name: str, path: Path) -> None:
         raise ValueError(f"--{name} {path} is empty")
 
 
-def _suffix(path: str) -> str:
-    return Path(path).suffix.lower()
-
-
-def _kind(path: str) -> str:
-    return {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}.get(_suffix(path), "text")
+def _kind(path: str) -> tuple[str, dict[str, Any]]:
+    """What of `datasets` reads a file, and with which options."""
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        ".json": ("json", {}), ".jsonl": ("json", {}), ".csv": ("csv", {"sep": ","}), ".tsv": ("csv", {"sep": "\t"})
+    }  # fmt: skip
+    return kinds.get(Path(path).suffix.lower(), ("text", {"keep_linebreaks": True}))
 
 
 def load_files(train_file: str, validation_file: str | None = None, cache_dir: str | None = None) -> DatasetDict:
@@ -41,16 +41,14 @@ def load_files(train_file: str, validation_file: str | None = None, cache_dir: s
     Raises:
         ValueError: a file cannot be read, or the two are of different kinds.
     """
-    files, kind = {"train": train_file}, _kind(train_file)
+    files = {"train": train_file}
+    kind, options = _kind(train_file)
     if validation_file:
         files["validation"] = validation_file
-        if _kind(validation_file) != kind or (kind == "csv" and _suffix(validation_file) != _suffix(train_file)):
+        if _kind(validation_file) != (kind, options):
             raise ValueError(
                 f"--train_file {train_file} and --validation_file {validation_file}: one kind of file is needed"
             )
-    options: dict[str, Any] = {"keep_linebreaks": True} if kind == "text" else {}
-    if kind == "csv":
-        options["sep"] = "\t" if _suffix(train_file) == ".tsv" else ","
     try:
         return load_dataset(kind, data_files=files, cache_dir=cache_dir, **options)
     except DatasetGenerationError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 _TrainerPart: Any = Trainer if TYPE_CHECKING else object
 
 
+def argument(name: str, place: int, given: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a Trainer was given by name, or else by place; None if neither."""
+    return kwargs.get(name, given[place] if len(given) > place else None)
+
+
 class TokenLossMixin(_TrainerPart):
     """Loss per label token, right under accumulation, unequal label counts and in evaluation; for any Trainer.
 
@@ -39,7 +44,7 @@ class TokenLossMixin(_TrainerPart):
     loss_is_scaled_for_ga = True
 
     def __init__(self, *given: Any, output: str = "auto", **kwargs: Any) -> None:
-        model, args = (kwargs.get(name, at[0] if at else None) for name, at in (("model", given), ("args", given[1:])))
+        model, args = argument("model", 0, given, kwargs), argument("args", 1, given, kwargs)
         known = model if isinstance(model, nn.Module) and kwargs.get("peft_config") is None else None
         known_args = args if isinstance(args, TrainingArguments) else None
         self._check(known, known_args, kwargs)  # before the Trainer makes its output folder

@@ -35,7 +35,7 @@ from hf_pc.processes import gathered, is_sharded, naming_the_lost, reducing
 from hf_pc.pushing import PushMixin
 from hf_pc.readiness import check_learnable
 from hf_pc.refusals import check_first_batch, check_processes, check_targets, refuse
-from hf_pc.token_loss import BackpropSeq2SeqTrainer, BackpropTrainer, TokenLossMixin
+from hf_pc.token_loss import BackpropSeq2SeqTrainer, BackpropTrainer, TokenLossMixin, argument
 
 logger = logging.getLogger(__name__)
 #: signal_bias over which phases that should cancel in each sequence no longer do
@@ -88,7 +88,7 @@ class PCTrainerMixin(PushMixin, CheckpointMixin, TokenLossMixin):
     """
 
     def __init__(self, *given: Any, pc_config: PCConfig | dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if isinstance(kwargs.get("model", given[0] if given else None), PCModel):
+        if isinstance(argument("model", 0, given, kwargs), PCModel):
             raise ValueError("model=PCModel(...) is not allowed: give its .model, and its .config as pc_config")
         self.pc_config = PCConfig.of(pc_config)
         super().__init__(*given, output=self.pc_config.output, **kwargs)
